@@ -1,0 +1,118 @@
+"""Attention, in one place. Nothing else in the project calls a kernel.
+
+B batch  N queries  S keys  heads  head_dim  L documents laid end to end
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Kernel = Callable[[Tensor, Tensor, Tensor, bool, Tensor | None], Tensor]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
+    """Softmax attention with scale head_dim ** -0.5 (Vaswani et al. 2017, section 3.2.1).
+
+    q       B N heads head_dim
+    k, v    B S kv_heads head_dim    kv_heads divides heads
+    mask    bool, broadcasts to B heads N S; True means "may look"
+    return  B N heads head_dim
+
+    `causal` lines the last query up with the last key, so it means the same thing in
+    training (N = S), in prefill, and in one-token decoding against a cache (N < S).
+    Raises ValueError for shapes that do not fit and for `causal` together with a mask.
+    """
+    _check(q, k, v)
+    if causal and mask is not None:
+        raise ValueError("attend() takes causal=True or a mask, not both; fold the causal part into the mask")
+    if mask is not None and mask.dtype != torch.bool:
+        raise ValueError(f"the mask is {mask.dtype}; give bool, where True means 'may look'")
+    if causal and q.shape[1] > k.shape[1]:
+        raise ValueError(f"causal attention of {q.shape[1]} queries over {k.shape[1]} keys: some would see nothing")
+    return KERNELS[_active](q, k, v, causal, mask)
+
+
+def attend_packed(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    lengths: Sequence[int],
+    *,
+    key_lengths: Sequence[int] | None = None,
+    causal: bool = False,
+) -> Tensor:
+    """`attend` for sequences of different length laid end to end; no token sees another sequence, and nothing is padded.
+
+    q            N heads head_dim       N = sum(lengths)
+    k, v         S kv_heads head_dim    S = sum(key_lengths)
+    lengths      queries of each of the L sequences
+    key_lengths  keys of each; the same as `lengths` by default
+    return       N heads head_dim
+
+    Raises ValueError when the lengths do not add up to the tensors.
+    """
+    key_lengths = lengths if key_lengths is None else key_lengths
+    if len(lengths) != len(key_lengths):
+        raise ValueError(f"{len(lengths)} query lengths and {len(key_lengths)} key lengths; give one of each a sequence")
+    if sum(lengths) != q.shape[0] or sum(key_lengths) != k.shape[0]:
+        raise ValueError(
+            f"lengths add up to {sum(lengths)} queries and {sum(key_lengths)} keys, "
+            f"but {q.shape[0]} and {k.shape[0]} were given"
+        )
+    parts = zip(q.split(list(lengths)), k.split(list(key_lengths)), v.split(list(key_lengths)), strict=True)
+    return torch.cat([attend(q_i[None], k_i[None], v_i[None], causal=causal)[0] for q_i, k_i, v_i in parts])
+
+
+@contextmanager
+def attention_kernel(name: str) -> Iterator[None]:
+    """Use another kernel inside a `with` block: `with attention_kernel("reference"): ...`"""
+    global _active  # noqa: PLW0603  the one mutable global: model code carries no kernel argument because of it
+    if name not in KERNELS:
+        raise ValueError(f"no attention kernel named {name!r}; here: {', '.join(KERNELS)}")
+    before, _active = _active, name
+    try:
+        yield
+    finally:
+        _active = before
+
+
+def causal_mask(n: int, s: int, device: torch.device) -> Tensor:
+    """N S bool; the last of n queries sees all s keys."""
+    return torch.ones(n, s, dtype=torch.bool, device=device).tril(s - n)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
+    """The formula in float32: slow, plain, and what every other kernel is tested against."""
+    k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
+    scores = torch.einsum("bnhd,bshd->bhns", q.float(), k.float()) * q.shape[-1] ** -0.5
+    if causal:
+        mask = causal_mask(q.shape[1], k.shape[1], q.device)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return torch.einsum("bhns,bshd->bnhd", scores.softmax(-1), v.float()).to(q.dtype)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
+    """PyTorch's fused kernels. Its own `is_causal` counts from the first key, so it is used only when N = S."""
+    n, s, shared = q.shape[1], k.shape[1], q.shape[2] != k.shape[2]
+    if causal and 1 < n < s:
+        mask = causal_mask(n, s, q.device)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and n == s, enable_gqa=shared)
+    return x.transpose(1, 2)
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    if not q.ndim == k.ndim == v.ndim == 4:
+        raise ValueError(f"q, k, v are B N heads head_dim; given {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
+    if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"shapes do not fit: q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}")
+    if q.shape[2] % k.shape[2]:
+        raise ValueError(f"{k.shape[2]} key heads cannot be shared by {q.shape[2]} query heads")
+
+
+KERNELS: dict[str, Kernel] = {"sdpa": sdpa, "reference": reference}
+_active = "sdpa"

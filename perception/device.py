@@ -1,0 +1,56 @@
+"""`device="auto"` and `dtype="auto"`, resolved when somebody asks and never at import."""
+
+import torch
+
+from perception.errors import ConfigError
+
+DTYPES = {
+    "float32": torch.float32,
+    "fp32": torch.float32,
+    "float16": torch.float16,
+    "fp16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "bf16": torch.bfloat16,
+}
+
+
+def available_devices() -> list[str]:
+    """What `device=` may be here, best first: `cuda:0`, ..., `mps`, `cpu`."""
+    found = [f"cuda:{i}" for i in range(torch.cuda.device_count())] if torch.cuda.is_available() else []
+    if torch.backends.mps.is_available():
+        found.append("mps")
+    return [*found, "cpu"]
+
+
+def pick_device(device: str | torch.device = "auto") -> torch.device:
+    """The device asked for, or the best one here for "auto".
+
+    Raises ConfigError, listing the devices, when it is not here.
+    """
+    here = available_devices()
+    if device == "auto":
+        return torch.device(here[0])
+    try:
+        asked = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ConfigError(f"device {device!r} is no device name; devices here: {', '.join(here)}") from error
+    known = asked.type in {name.split(":")[0] for name in here} and (asked.type != "cuda" or str(asked) in ("cuda", *here))
+    if not known and asked.type != "meta":
+        raise ConfigError(f"device {str(asked)!r} is not available; devices here: {', '.join(here)}")
+    return asked
+
+
+def pick_dtype(
+    dtype: str | torch.dtype = "auto", device: str | torch.device = "cpu", stored: torch.dtype = torch.float32
+) -> torch.dtype:
+    """The dtype asked for; for "auto" float32 on a CPU, where half precision is slow, and the stored one elsewhere.
+
+    Raises ConfigError for a dtype a model cannot run in.
+    """
+    if dtype == "auto":
+        half = stored in (torch.float16, torch.bfloat16)
+        return stored if half and torch.device(device).type != "cpu" else torch.float32
+    picked = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if picked not in DTYPES.values():
+        raise ConfigError(f"dtype {dtype!r} is not one a model runs in; choose from auto, {', '.join(DTYPES)}")
+    return picked

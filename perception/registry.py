@@ -1,0 +1,35 @@
+"""Names to things."""
+
+import difflib
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Registry(Generic[T]):
+    """Names to things, with a helpful refusal. A name exists because somebody wrote `add`."""
+
+    def __init__(self, kind: str):
+        self.kind = kind
+        self._things: dict[str, T] = {}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._things
+
+    def add(self, name: str, thing: T) -> None:
+        """Raises ValueError when the name is taken."""
+        if name in self._things:
+            raise ValueError(f"{self.kind} {name!r} is already registered")
+        self._things[name] = thing
+
+    def get(self, name: str) -> T:
+        """The thing of that name; LookupError with the nearest names otherwise."""
+        if name in self._things:
+            return self._things[name]
+        folded = {known.casefold(): known for known in self._things}
+        near = [folded[close] for close in difflib.get_close_matches(name.casefold(), folded, n=3)]
+        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are: {', '.join(self.names())}"
+        raise LookupError(f"no {self.kind} named {name!r}; {hint}")
+
+    def names(self) -> list[str]:
+        return sorted(self._things)

@@ -1,0 +1,1 @@
+"""Perception Encoder: features, zero-shot classification and retrieval with any vision encoder."""

@@ -1,0 +1,1 @@
+"""The Perception Language Model side of the house. Empty in this release: encoders come first."""

@@ -1,0 +1,30 @@
+"""What every test may lean on."""
+
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import pytest
+import torch
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+# A CPU build of torch beside a CUDA build of torchvision cannot load torchvision's operators, and then timm, open_clip and
+# transformers cannot even be imported. Declaring the two that they look up at import is enough to use them as oracles:
+# nothing that the tests run calls one.
+if "+cpu" in torch.__version__ and "+cpu" not in _version("torchvision"):
+    for _name in ("nms", "qnms"):
+        torch.library.define(f"torchvision::{_name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """Tiny weights with inputs and outputs of the reference implementation; see its README.md."""
+    return Path(__file__).parent / "golden"
