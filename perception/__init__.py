@@ -2,5 +2,6 @@
 
 __version__ = "0.1.0"
 
-# Another distribution on PyPI (`Perception`, perceptual hashing) installs a package of this very name; the upper packages look for this mark.
+# Another distribution on PyPI (`Perception`, image hashing) installs a package of this very name; the upper packages
+# look for this mark.
 __distribution__ = "perception-vision"

@@ -44,7 +44,7 @@ def attend_packed(
     key_lengths: Sequence[int] | None = None,
     causal: bool = False,
 ) -> Tensor:
-    """`attend` for sequences of different length laid end to end; no token sees another sequence, and nothing is padded.
+    """`attend` for sequences laid end to end: no token sees another sequence, and nothing is padded.
 
     q            N heads head_dim       N = sum(lengths)
     k, v         S kv_heads head_dim    S = sum(key_lengths)
@@ -56,7 +56,9 @@ def attend_packed(
     """
     key_lengths = lengths if key_lengths is None else key_lengths
     if len(lengths) != len(key_lengths):
-        raise ValueError(f"{len(lengths)} query lengths and {len(key_lengths)} key lengths; give one of each a sequence")
+        raise ValueError(
+            f"{len(lengths)} query lengths and {len(key_lengths)} key lengths; give one of each a sequence"
+        )
     if sum(lengths) != q.shape[0] or sum(key_lengths) != k.shape[0]:
         raise ValueError(
             f"lengths add up to {sum(lengths)} queries and {sum(key_lengths)} keys, "

@@ -34,7 +34,9 @@ def pick_device(device: str | torch.device = "auto") -> torch.device:
         asked = torch.device(device)
     except (RuntimeError, TypeError) as error:
         raise ConfigError(f"device {device!r} is no device name; devices here: {', '.join(here)}") from error
-    known = asked.type in {name.split(":")[0] for name in here} and (asked.type != "cuda" or str(asked) in ("cuda", *here))
+    known = asked.type in {name.split(":")[0] for name in here} and (
+        asked.type != "cuda" or str(asked) in ("cuda", *here)
+    )
     if not known and asked.type != "meta":
         raise ConfigError(f"device {str(asked)!r} is not available; devices here: {', '.join(here)}")
     return asked

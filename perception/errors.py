@@ -36,4 +36,6 @@ class MissingExtra(PerceptionError, ImportError):
 def missing_extra(package: str, extra: str, why: str | None = None) -> MissingExtra:
     """The error for an optional package, with the line that installs it."""
     because = f" ({why})" if why else ""
-    return MissingExtra(f"this needs {package}, which could not be imported{because}; pip install 'perception-vision[{extra}]'")
+    return MissingExtra(
+        f"this needs {package}, which could not be imported{because}; pip install 'perception-vision[{extra}]'"
+    )

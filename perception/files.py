@@ -43,7 +43,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sweep_temporaries(folder: str | Path, older_than: float = 0.0) -> list[Path]:
-    """Remove what a killed `atomic_write` left in `folder`; only files last touched `older_than` seconds ago or earlier."""
+    """Remove what a killed `atomic_write` left in `folder`, if last touched `older_than` seconds ago or earlier."""
     removed = []
     for path in Path(folder).glob(f"{TEMPORARY}*"):
         if path.is_file() and time.time() - path.stat().st_mtime >= older_than:

@@ -30,7 +30,7 @@ def read_settings(kind: type[T], data: object, where: str = "config") -> T:
 
 
 def check_range(where: str, value: int | float, low: int | float, high: int | float) -> None:
-    """ConfigError unless low <= value <= high. The upper bounds are far above any real model: they stop a hostile file."""
+    """ConfigError unless low <= value <= high. Upper bounds are far above any real model: they stop a hostile file."""
     if not low <= value <= high:
         raise ConfigError(f"{where} is {value}; expected {low} to {high}")
 

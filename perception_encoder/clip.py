@@ -69,9 +69,7 @@ class CLIP(nn.Module):
         x = self.text(tokens.to(self.device))
         return F.normalize(x, dim=-1) if normalize else x
 
-    def encode_video(
-        self, frames: Tensor, *, normalize: bool = False, protocol: VideoProtocol | None = None
-    ) -> Tensor:
+    def encode_video(self, frames: Tensor, *, normalize: bool = False, protocol: VideoProtocol | None = None) -> Tensor:
         """One embedding a clip: the mean over its frames. B N 3 S S -> B C
 
         protocol    "raw-mean": the mean of the frames' embeddings as they are; published zero-shot video classification

@@ -42,7 +42,9 @@ class VisionConfig:
             raise ConfigError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         _check_heads(self.width, self.heads, "heads")
         if self.head_dim % 4:
-            raise ConfigError(f"head_dim {self.head_dim} (width / heads) must be a multiple of 4 for 2-D rotary embedding")
+            raise ConfigError(
+                f"head_dim {self.head_dim} (width / heads) must be a multiple of 4 for 2-D rotary embedding"
+            )
         if self.pool is None and self.output_width is not None:
             raise ConfigError("output_width projects the pooled vector; a tower with pool=None has none")
         if self.pool is not None:
@@ -108,7 +110,9 @@ class ClipConfig:
         if self.vision.pool is None:
             raise ConfigError("the vision tower of a CLIP model needs a pooled output; given pool=None")
         if ours != self.text.output_width:
-            raise ConfigError(f"the image embedding has {ours} channels and the text embedding {self.text.output_width}")
+            raise ConfigError(
+                f"the image embedding has {ours} channels and the text embedding {self.text.output_width}"
+            )
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

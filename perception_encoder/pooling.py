@@ -26,7 +26,7 @@ class AttentionPool(nn.Module):
         D = tokens.shape[-1]
         q_weight, kv_weight = self.qkv.weight.split([D, 2 * D])
         q_bias, kv_bias = self.qkv.bias.split([D, 2 * D])
-        q = nn.functional.linear(self.probe, q_weight, q_bias).expand(len(tokens), -1, -1)  # B 1 D
+        q = nn.functional.linear(self.probe, q_weight, q_bias).expand(tokens.shape[0], -1, -1)  # B 1 D
         k, v = nn.functional.linear(tokens, kv_weight, kv_bias).unflatten(-1, (2, self.heads, -1)).unbind(2)
         x = self.proj(attend(q.unflatten(-1, (self.heads, -1)), k, v).flatten(2))[:, 0]  # B D
         return x + self.mlp(self.norm(x))

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from importlib import resources
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -70,7 +71,7 @@ class ClipTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of some ids, lower-cased and spaced as the tokenizer sees it; start, end and what follows are dropped."""
+        """The text of some ids as the tokenizer sees it: lower case, spaced; start, end and what follows dropped."""
         v, symbols = vocabulary(), []
         for token in map(int, ids):
             if token == v.end:
@@ -144,7 +145,7 @@ def word_ids(word: str) -> list[int]:
     parts = [symbol[byte] for byte in word.encode("utf-8")]
     parts[-1] += WORD_END
     while len(parts) > 1:
-        pair = min(zip(parts, parts[1:], strict=False), key=lambda pair: v.ranks.get(pair, len(v.ranks)))
+        pair = min(pairwise(parts), key=lambda pair: v.ranks.get(pair, len(v.ranks)))
         if pair not in v.ranks:
             break
         merged, i = [], 0

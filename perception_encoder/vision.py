@@ -84,7 +84,9 @@ class VisionTransformer(nn.Module):
         if pixels.ndim != 4 or pixels.shape[1] != 3:
             raise ConfigError(f"pixels are B 3 H W; given {tuple(pixels.shape)}")
         if not pixels.is_floating_point():
-            raise ConfigError(f"pixels are normalised floats; given {pixels.dtype}; run them through `preprocess` first")
+            raise ConfigError(
+                f"pixels are normalised floats; given {pixels.dtype}; run them through `preprocess` first"
+            )
         H, W = pixels.shape[2:]
         if H % P or W % P or not H or not W:
             near = " x ".join(str(max(P, round(side / P) * P)) for side in (H, W))
@@ -95,7 +97,7 @@ class VisionTransformer(nn.Module):
         """The tokens after each block up to `stop`: (index, B P+h*w D)."""
         x = self.patch_embed(pixels.to(self.patch_embed.weight.dtype)).flatten(2).transpose(1, 2)  # B h*w D
         if self.class_token is not None:
-            x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)  # B P+h*w D
+            x = torch.cat([self.class_token.expand(x.shape[0], 1, -1), x], dim=1)  # B P+h*w D
         x = self.norm_pre(x + self.positions(h, w))
         rope = rope_2d(h, w, self.config.head_dim, prefix=x.shape[1] - h * w, device=x.device)
         for index, block in enumerate(self.blocks[: stop + 1]):

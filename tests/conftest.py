@@ -14,9 +14,9 @@ def _version(package: str) -> str:
         return "none"
 
 
-# A CPU build of torch beside a CUDA build of torchvision cannot load torchvision's operators, and then timm, open_clip and
-# transformers cannot even be imported. Declaring the two that they look up at import is enough to use them as oracles:
-# nothing that the tests run calls one.
+# A CPU build of torch beside a CUDA build of torchvision cannot load torchvision's operators, and then timm, open_clip
+# and transformers cannot even be imported. Declaring the two that they look up at import is enough to use them as
+# oracles: nothing that the tests run calls one.
 if "+cpu" in torch.__version__ and "+cpu" not in _version("torchvision"):
     for _name in ("nms", "qnms"):
         torch.library.define(f"torchvision::{_name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

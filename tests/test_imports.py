@@ -16,7 +16,18 @@ MAY_IMPORT = {
     "perception_lm": {"perception", "perception_encoder"},
 }
 FILES = sorted(path for package in MAY_IMPORT for path in (ROOT / package).rglob("*.py"))
-HEAVY = ["timm", "open_clip", "torchvision", "transformers", "faiss", "torchcodec", "av", "huggingface_hub", "typer", "ftfy"]
+HEAVY = [
+    "timm",
+    "open_clip",
+    "torchvision",
+    "transformers",
+    "faiss",
+    "torchcodec",
+    "av",
+    "huggingface_hub",
+    "typer",
+    "ftfy",
+]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -1,0 +1,55 @@
+# Every target sets up what it needs in .venv, once, and then does its job.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
+RECIPE := pyproject.toml .ci/constraints.txt
+
+.PHONY: demo test test-slow lint types check wheel bench nano clean
+
+demo: $(VENV)/.demo ## classify, embed, search and show bundled pictures, offline
+	$(BIN)/perception demo
+
+test: $(VENV)/.test ## the tests: CPU, offline
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.test ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.test
+	$(BIN)/mypy
+
+check: lint types test wheel ## what CI runs
+
+wheel: $(VENV)/.test ## build the wheel, install it in a clean environment, use it there
+	$(BIN)/python .ci/check_wheel.py
+
+bench: $(VENV)/.test ## every benchmark; results go to benchmarks/results/
+	$(BIN)/python benchmarks/load_memory.py
+	$(BIN)/python benchmarks/nano_core.py
+
+nano: $(VENV)/.nano ## train PE-Core-nano again from registry packages (about two hours on two cores)
+	$(BIN)/python -m perception_encoder.training.drawings --out runs/data
+	$(BIN)/python -m perception_encoder.training.nano --data runs/data --out runs/nano
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(RECIPE) | $(BIN)/python
+	$(INSTALL) -e '.[video]'
+	touch $@
+
+$(VENV)/.test: $(RECIPE) | $(BIN)/python
+	$(INSTALL) -e '.[dev]'
+	touch $@ $(VENV)/.demo
+
+$(VENV)/.nano: $(RECIPE) | $(BIN)/python
+	$(INSTALL) -e '.[video]' resvg-py tokenizers
+	touch $@ $(VENV)/.demo
+
+clean:
+	rm -rf $(VENV) dist build demo .pytest_cache .ruff_cache .mypy_cache

@@ -1,0 +1,106 @@
+"""The `perception` command. Verbs come from the upper packages through the entry-point group `perception.commands`."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from importlib.metadata import entry_points
+from typing import Annotated, Any
+
+import typer
+
+from perception.errors import PerceptionError
+
+GROUP = "perception.commands"
+INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h: a fault of ours, not of the input
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON value and nothing else.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, mps")]
+Dtype = Annotated[str, typer.Option(help="auto, fp32, bf16, fp16")]
+
+
+def build() -> typer.Typer:
+    """The application with every verb that is installed."""
+    app = typer.Typer(
+        name="perception",
+        help="Vision encoders and vision-language models: features, zero-shot, retrieval, generation.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_version)
+    app.command("doctor")(doctor)
+    for found in sorted(entry_points(group=GROUP), key=lambda e: e.name):
+        register: Callable[[typer.Typer], None] = found.load()
+        register(app)
+    return app
+
+
+def main() -> None:
+    """Run the command. Every error is one line on stderr: exit 1 for input, 2 for usage, 70 for a fault of ours."""
+    try:
+        build()()
+    except (PerceptionError, ValueError, LookupError, TypeError, OSError) as error:
+        if isinstance(error, BrokenPipeError):  # `perception models | head`: the reader has what it wanted
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  so that the flush at exit does not fail again
+            raise SystemExit(0) from None
+        _fail(error, 1)
+    except KeyboardInterrupt:
+        raise SystemExit(130) from None
+    except Exception as error:
+        _fail(error, INTERNAL_ERROR)
+
+
+def doctor(as_json: Json = False) -> None:
+    """Versions, devices and extras on this machine, and the fix for each that does not work."""
+    from perception import doctor as checks
+
+    found = checks.diagnose()
+    show(checks.as_json(found), as_json, lambda: checks.report(found))
+    if not checks.healthy(found):
+        raise typer.Exit(1)
+
+
+def show(value: Any, as_json: bool, text: Callable[[], str]) -> None:
+    """The result on stdout: JSON, or text for people."""
+    typer.echo(json.dumps(value, ensure_ascii=False, indent=2) if as_json else text())
+
+
+def note(message: str) -> None:
+    """A remark on stderr, so that stdout stays what was asked for."""
+    typer.echo(message, err=True)
+
+
+def table(rows: list[list[str]], header: list[str]) -> str:
+    """Rows in columns as wide as they need to be."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    lines = [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in [header, *rows]
+    ]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from perception import __version__
+
+        typer.echo(f"perception-vision {__version__}")
+        raise typer.Exit
+
+
+def _fail(error: BaseException, code: int) -> None:
+    if os.environ.get("PERCEPTION_DEBUG"):
+        raise error
+    kind = "error" if code == 1 else f"internal error ({type(error).__name__})"
+    detail = error.args[0] if isinstance(error, KeyError) and error.args else error
+    note(f"{kind}: {detail}")
+    if code == INTERNAL_ERROR:
+        note("this is a fault of perception-vision; PERCEPTION_DEBUG=1 shows where")
+    raise SystemExit(code)
+
+
+if __name__ == "__main__":
+    main()

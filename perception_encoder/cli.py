@@ -1,0 +1,310 @@
+"""The verbs of the encoder: models, download, convert, inspect, classify, embed, features, pca, demo."""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from perception.cli import Device, Dtype, Json, note, show, table
+from perception.errors import ConfigError
+
+DEFAULT_MODEL = "PE-Core-nano"
+NANO_NOTE = (
+    f"{DEFAULT_MODEL} is a small model for drawings that needs no download; for photographs use "
+    "--model PE-Core-B16-224 or larger"
+)
+
+Model = Annotated[str, typer.Option(help="A model name, hub id, folder or file. `perception models` lists names.")]
+Images = Annotated[list[str], typer.Argument(help="Picture files, or folders of them.")]
+Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Pictures a batch.")]
+OnError = Annotated[str, typer.Option(help="A picture that cannot be read: raise (stop), skip, or log.")]
+ConfigFile = Annotated[Path | None, typer.Option("--config", help="A config.json, for a bare file of weights.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verbs to the command; called through the entry-point group `perception.commands`."""
+    for verb in (models, download, convert, inspect, classify, embed, features, pca, demo):
+        app.command(verb.__name__)(verb)
+
+
+def models(
+    pattern: Annotated[str, typer.Argument(help="A wildcard, such as '*core*'.")] = "*", as_json: Json = False
+) -> None:
+    """Every model known by name, with its size, licence and where it comes from."""
+    from perception_encoder import zoo
+
+    found = [zoo.describe(name) for name in zoo.list_models(pattern)]
+    if not found:
+        raise ConfigError(f"no model matches {pattern!r}; `perception models` lists all of them")
+    header = ["name", "kind", "parameters", "pixels", "patch", "licence", "from"]
+    rows = [
+        [m["name"], m["kind"], f"{m['parameters'] / 1e6:.1f} M", str(m["image_size"]), str(m["patch_size"]), m["license"]]
+        + [m["source"]]
+        for m in found
+    ]
+    show(found, as_json, lambda: table(rows, header))
+
+
+def download(
+    name: Annotated[str, typer.Argument(help="A model name or hub id.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also store it as a folder of our format here.")] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch, tag or commit of the hub repository.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Fetch a model's weights into the cache, so that it loads without a network."""
+    from perception_encoder import zoo
+
+    path = zoo.fetch(name, revision=revision)
+    if out is not None:
+        zoo.save(_load(name, None, "cpu", "auto", revision=revision), out)
+    found = {"name": name, "file": str(path), "bytes": path.stat().st_size if path.is_file() else None}
+    show({**found, "folder": str(out) if out else None}, as_json, lambda: str(out or path))
+
+
+def convert(
+    source: Annotated[str, typer.Argument(help="A model name, hub id, folder or file.")],
+    out: Annotated[Path, typer.Argument(help="A folder (native) or a file (the other layouts).")],
+    layout: Annotated[str, typer.Option(help="native, reference, timm or open_clip.")] = "native",
+    config: ConfigFile = None,
+    as_json: Json = False,
+) -> None:
+    """Write a model in another layout, bit for bit the same weights."""
+    from perception_encoder import checkpoints
+
+    model = _load(source, config, "cpu", "auto", keep_dtype=True)
+    written = checkpoints.export(model, out, layout=layout)
+    show({"layout": layout, "out": str(written)}, as_json, lambda: f"{written}")
+
+
+def inspect(
+    source: Annotated[str, typer.Argument(help="A file or folder of weights, or a model name.")], as_json: Json = False
+) -> None:
+    """What a file of weights holds, without running anything in it."""
+    from perception_encoder import checkpoints
+
+    found = checkpoints.inspect(source)
+    tensors = found.pop("tensors")
+    rows = [[t["name"], "x".join(map(str, t["shape"])) or "-", t["dtype"]] for t in tensors]
+    text = "\n".join(f"{key:<12}{value}" for key, value in found.items() if value is not None)
+    show({**found, "tensors": tensors}, as_json, lambda: f"{text}\n\n{table(rows, ['tensor', 'shape', 'dtype'])}")
+
+
+def classify(
+    images: Images,
+    label: Annotated[list[str] | None, typer.Option("--label", "-l", help="A label; give it again for more.")] = None,
+    labels: Annotated[Path | None, typer.Option(help="A text file with one label a line.")] = None,
+    template: Annotated[list[str] | None, typer.Option(help="A sentence with {} for the label; may repeat.")] = None,
+    top: Annotated[int, typer.Option(min=1, help="Labels to show a picture.")] = 3,
+    model: Model = DEFAULT_MODEL,
+    config: ConfigFile = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = 32,
+    on_error: OnError = "raise",
+    as_json: Json = False,
+) -> None:
+    """Which of the labels fit each picture best, without training."""
+    from perception_encoder.zero_shot import DRAWING_TEMPLATES, ZeroShotClassifier, read_labels
+
+    names = [*(label or []), *(read_labels(labels) if labels else [])]
+    if not names:
+        raise ConfigError("no labels given; use --label cat --label dog, or --labels FILE with one a line")
+    clip = _load_clip(model, config, device, dtype)
+    templates = template or (DRAWING_TEMPLATES if model == DEFAULT_MODEL else None)
+    files = _files(images)
+    rows = ZeroShotClassifier(clip, names, templates).predict(
+        files, top=top, batch_size=batch_size, on_error=on_error, progress=not as_json
+    )
+    found = [
+        {"image": _text(file), "labels": [prediction._asdict() for prediction in row]}
+        for file, row in zip(files, rows, strict=True)
+    ]
+
+    def text() -> str:
+        cells = [
+            [_text(file), "   ".join(f"{p.label} {p.score:.1%}" for p in row) or "could not be read"]
+            for file, row in zip(files, rows, strict=True)
+        ]
+        return table(cells, ["image", "labels"])
+
+    show(found, as_json, text)
+
+
+def embed(
+    images: Images,
+    out: Out = Path("embeddings.safetensors"),
+    model: Model = DEFAULT_MODEL,
+    config: ConfigFile = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = 64,
+    on_error: OnError = "raise",
+    normalize: Annotated[bool, typer.Option(help="Vectors of length 1.")] = True,
+    as_json: Json = False,
+) -> None:
+    """One vector a picture, into a safetensors file with their names and the model's fingerprint."""
+    from perception_encoder.retrieval.embed import Embeddings, fingerprint, save_embeddings
+    from perception_encoder.retrieval.embed import embed as embed_images
+
+    encoder = _load_any(model, config, device, dtype)
+    files, failures = _files(images), []  # type: ignore[var-annotated]
+    vectors = embed_images(
+        encoder, files, batch_size=batch_size, normalize=normalize, progress=True, on_error=on_error, failures=failures
+    )
+    lost = {failure.index for failure in failures}
+    names = [_text(file) for index, file in enumerate(files) if index not in lost]
+    save_embeddings(out, Embeddings(vectors, names, fingerprint(encoder)))
+    found = {
+        "out": str(out),
+        "rows": len(vectors),
+        "width": vectors.shape[1],
+        "failed": [{"image": f.source, "reason": f.reason} for f in failures],
+    }
+    show(found, as_json, lambda: f"{out}: {len(vectors)} vectors of {vectors.shape[1]}, {len(failures)} failed")
+
+
+def features(
+    images: Images,
+    out: Out = Path("features.safetensors"),
+    layer: Annotated[list[int] | None, typer.Option("--layer", help="A block, 0 the first, -1 the last; may repeat.")] = None,
+    norm: Annotated[bool, typer.Option(help="After the final norm.")] = False,
+    size: Annotated[int | None, typer.Option(help="Side in pixels, a multiple of the patch.")] = None,
+    model: Model = DEFAULT_MODEL,
+    config: ConfigFile = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Patch features on their grid at chosen layers, into a safetensors file: layer.N.patches, layer.N.prefix."""
+    import torch
+    from safetensors.torch import save_file
+
+    from perception.files import atomic_write
+    from perception_encoder.features import features as dense
+
+    tower, files = _load_tower(model, config, device, dtype), _files(images)
+    layers = layer or [-1]
+    per_image = [dense(tower, file, layers, norm=norm, size=size) for file in _bar(files)]
+    tensors = {}
+    for i, index in enumerate(layers):
+        tensors[f"layer.{index}.patches"] = torch.cat([f[i].patches for f in per_image]).cpu().contiguous()
+        tensors[f"layer.{index}.prefix"] = torch.cat([f[i].prefix for f in per_image]).cpu().contiguous()
+    with atomic_write(out) as temporary:
+        save_file(tensors, temporary, metadata={"images": json.dumps([_text(file) for file in files])})
+    found = {"out": str(out), "images": len(files), "tensors": {k: list(v.shape) for k, v in tensors.items()}}
+    lines = [f"{name:<24}{tuple(tensor.shape)}" for name, tensor in tensors.items()]
+    show(found, as_json, lambda: "\n".join([str(out), *lines]))
+
+
+def pca(
+    images: Images,
+    out: Out = Path("pca.png"),
+    layer: Annotated[int, typer.Option(help="A block, 0 the first, -1 the last.")] = -1,
+    size: Annotated[int | None, typer.Option(help="Side in pixels, a multiple of the patch; more is finer.")] = None,
+    model: Model = DEFAULT_MODEL,
+    config: ConfigFile = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    as_json: Json = False,
+) -> None:
+    """Patch features as colours; several pictures share their axes and stand side by side."""
+    from PIL import Image
+
+    from perception.files import atomic_write
+    from perception_encoder.visualize import pca_image
+
+    pictures = pca_image(_load_tower(model, config, device, dtype), _files(images), layer=layer, size=size)
+    sheet = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)))
+    x = 0
+    for picture in pictures:
+        sheet.paste(picture, (x, 0))
+        x += picture.width
+    if out.suffix.lower() not in Image.registered_extensions():
+        raise ConfigError(f"--out {out} has no picture suffix; use .png")
+    with atomic_write(out) as temporary:
+        sheet.save(temporary)
+    show({"out": str(out), "images": len(pictures), "size": list(sheet.size)}, as_json, lambda: str(out))
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", "-o", help="A folder for the page.")] = Path("demo"),
+    model: Model = DEFAULT_MODEL,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """See the encoder work on bundled pictures and a clip, offline, and write one HTML page about it."""
+    from perception_encoder.demo import run
+
+    page, summary = run(_load_clip(model, None, device, "auto", quiet=True), out, echo=note)
+    show({"page": str(page.resolve()), **summary}, as_json, lambda: f"\nOpen {page.resolve()}")
+
+
+def _load_clip(model: str, config: Path | None, device: str, dtype: str, *, quiet: bool = False) -> Any:
+    from perception_encoder.config import ClipConfig
+    from perception_encoder.zoo import load_clip
+
+    if model == DEFAULT_MODEL and not quiet:
+        note(NANO_NOTE)
+    return load_clip(model, config=_config(ClipConfig, config), device=device, dtype=dtype)
+
+
+def _load_tower(model: str, config: Path | None, device: str, dtype: str) -> Any:
+    from perception_encoder.config import VisionConfig
+    from perception_encoder.zoo import load_encoder
+
+    if model == DEFAULT_MODEL:
+        note(NANO_NOTE)
+    return load_encoder(model, config=_config(VisionConfig, config), device=device, dtype=dtype)
+
+
+def _load_any(model: str, config: Path | None, device: str, dtype: str) -> Any:
+    """A CLIP model where the name is one, a tower otherwise."""
+    from perception_encoder import zoo
+
+    both = zoo.kind_of(model) == "clip" if config is None else "vision" in json.loads(config.read_text("utf-8"))
+    return (_load_clip if both else _load_tower)(model, config, device, dtype)
+
+
+def _load(
+    source: str, config: Path | None, device: str, dtype: str, *, revision: str | None = None, keep_dtype: bool = False
+) -> Any:
+    from perception_encoder import zoo
+    from perception_encoder.config import ClipConfig, VisionConfig
+
+    both = zoo.kind_of(source) == "clip" if config is None else "vision" in json.loads(config.read_text("utf-8"))
+    load, kind = (zoo.load_clip, ClipConfig) if both else (zoo.load_encoder, VisionConfig)
+    settings: dict[str, Any] = {"config": _config(kind, config), "device": device, "revision": revision}
+    return load(source, dtype="stored" if keep_dtype else dtype, **settings)
+
+
+def _config(kind: Any, path: Path | None) -> Any:
+    if path is None:
+        return None
+    try:
+        return kind.from_dict(json.loads(path.read_text("utf-8")))
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is no readable JSON: {error}") from error
+
+
+def _files(images: list[str]) -> list[Any]:
+    from perception.media import iter_images
+
+    files: list[Any] = []
+    for given in images:
+        files += list(iter_images(given)) if Path(given).is_dir() else [given]
+    if not files:
+        raise ConfigError(f"no pictures in {', '.join(images)}")
+    return files
+
+
+def _bar(items: list[Any]) -> Any:
+    from tqdm import tqdm
+
+    return tqdm(items, unit="image", disable=None if len(items) > 1 else True)
+
+
+def _text(path: Any) -> str:
+    """A path as text that any terminal and JSON can hold: bytes that are not UTF-8 come out as escapes."""
+    return str(path).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

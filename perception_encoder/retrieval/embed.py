@@ -1,0 +1,129 @@
+"""Pictures to vectors.
+
+N pictures  C embedding width
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from perception.errors import CheckpointError, ConfigError
+from perception.files import atomic_write
+from perception_encoder.images import Failure, as_list, pixel_batches, progress_bar
+
+
+@torch.inference_mode()
+def embed(
+    model: Any,
+    images: Any,
+    *,
+    batch_size: int = 64,
+    normalize: bool = True,
+    progress: bool = False,
+    on_error: str = "raise",
+    failures: list[Failure] | None = None,
+    workers: int = 2,
+) -> Tensor:
+    """One vector a picture, in the order given: N C float32 on the CPU.
+
+    model      a CLIP model, or an encoder: its pooled output, or the mean of its patches where it has no pool
+    images     paths, a folder, bytes, PIL images, arrays, or B 3 S S prepared pixels
+    normalize  vectors of length 1, so that a dot product is a cosine
+    on_error   "raise" names the picture; "skip" and "log" leave it out, and `failures`, where given, learns which
+    """
+    items = images if isinstance(images, Tensor) else as_list(images)
+    rows = []
+    with progress_bar(items, enabled=progress) as bar:
+        for pixels, failed in pixel_batches(
+            items, model.preprocess, batch_size=batch_size, on_error=on_error, workers=workers
+        ):
+            if len(pixels):
+                x = embed_pixels(model, pixels).float()
+                rows.append((F.normalize(x, dim=-1) if normalize else x).cpu())
+            if failures is not None:
+                failures += failed
+            bar.update(len(pixels) + len(failed))
+    return torch.cat(rows) if rows else torch.empty(0, embedding_width(model))
+
+
+def embed_pixels(model: Any, pixels: Tensor) -> Tensor:
+    """B 3 S S -> B C on the model's device, not normalised."""
+    first = next(model.parameters())
+    pixels = pixels.to(first.device, first.dtype)
+    if hasattr(model, "encode_image"):
+        return model.encode_image(pixels)
+    if hasattr(model, "pooled") and getattr(model, "pool", True) is not None:
+        return model.pooled(pixels)
+    return model(pixels).patches.flatten(1, 2).mean(dim=1)
+
+
+def embedding_width(model: Any) -> int:
+    """C, from the sizes of the model where it tells them."""
+    config = getattr(model, "config", None)
+    config = getattr(config, "vision", config)
+    return int(getattr(config, "output_width", None) or getattr(model, "width", 0))
+
+
+class Embeddings(NamedTuple):
+    """What an embedding file holds.
+
+    vectors      N C float32
+    names        N, what each row is of
+    fingerprint  of the model and its preprocessing; vectors of different fingerprints do not compare
+    """
+
+    vectors: Tensor
+    names: list[str]
+    fingerprint: str
+
+
+def fingerprint(model: Any) -> str:
+    """A short hash of the weights' shape and a sample of their values, and of the preprocessing."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        sample = tensor.detach().flatten()[:64].float().cpu()
+        digest.update(f"{name} {tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
+    digest.update(str(model.preprocess.fingerprint()).encode())
+    return digest.hexdigest()[:16]
+
+
+def save_embeddings(path: str | Path, embeddings: Embeddings) -> None:
+    """A safetensors file: `vectors`, with the names and the fingerprint in its header. Whole or not there."""
+    if len(embeddings.vectors) != len(embeddings.names):
+        raise ConfigError(
+            f"{len(embeddings.vectors)} vectors and {len(embeddings.names)} names; one name a vector is needed"
+        )
+    header = {
+        "format": "perception-embeddings-1",
+        "names": json.dumps(embeddings.names),
+        "fingerprint": embeddings.fingerprint,
+    }
+    with atomic_write(path) as temporary:
+        save_file({"vectors": embeddings.vectors.contiguous()}, temporary, metadata=header)
+
+
+def load_embeddings(path: str | Path) -> Embeddings:
+    """Raises CheckpointError for a file that `save_embeddings` did not write."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            header = file.metadata() or {}
+            if header.get("format") != "perception-embeddings-1":
+                raise CheckpointError(f"{path} is not an embedding file; write one with `perception embed`")
+            return Embeddings(file.get_tensor("vectors"), json.loads(header["names"]), header["fingerprint"])
+    except (SafetensorError, OSError, KeyError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
+        raise CheckpointError(f"{path} cannot be read as an embedding file: {error}") from error
+
+
+def nearest(query: Tensor, vectors: Tensor, k: int = 5) -> list[list[tuple[int, float]]]:
+    """The k rows of `vectors` with the highest dot product to each query: exact, for collections that fit in memory."""
+    scores, rows = (query.float() @ vectors.T).topk(min(k, len(vectors)))
+    return [list(zip(r, s, strict=True)) for r, s in zip(rows.tolist(), scores.tolist(), strict=True)]
