@@ -1,0 +1,162 @@
+"""One large picture as a small one and a grid of tiles, so that a model of one size sees the details.
+
+M tiles, the small picture among them  T side of a tile  cols x rows the grid
+
+    +---+   +---+---+---+
+    | 0 |   | 1 | 2 | 3 |    chunk 0 is all of the picture, small; then the tiles, row by row
+    +---+   +---+---+---+
+            | 4 | 5 | 6 |
+            +---+---+---+
+
+The choice of grid is the published one of Perception LM, ties and floors included: its models know no other.
+"""
+
+import math
+import warnings
+from functools import lru_cache
+
+import numpy as np
+import torch
+from einops import rearrange
+from PIL import Image
+from torch import Tensor
+
+from perception.errors import ConfigError, LimitError
+from perception.media import read_image, to_rgb
+from perception.pixels import PixelSpec
+
+MAX_TILES = 1024  # a setting above this is a mistake: 36 tiles are 9472 tokens
+STRETCH = 16  # warn when a side is enlarged more than this
+
+
+def choose_grid(width: int, height: int, tile: int = 448, max_tiles: int = 36) -> tuple[int, int]:
+    """(cols, rows) for a picture of `width` x `height`: at most `max_tiles` tiles in all.
+
+    If the picture fits on some grid without shrinking, the grid on which it could be enlarged most; otherwise the
+    largest grid of the nearest aspect ratio. So small pictures get many tiles, and a picture too large for every grid
+    may get fewer than a smaller one: 800 x 600 gives 7 x 5, 4000 x 3000 gives 4 x 3.
+
+    Raises ConfigError for sizes below 1, LimitError for more than MAX_TILES.
+    """
+    for name, value in (("width", width), ("height", height), ("tile", tile), ("max_tiles", max_tiles)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ConfigError(f"{name}={value!r}; expected a whole number, 1 or more")
+    if max_tiles > MAX_TILES:
+        raise LimitError(f"max_tiles={max_tiles}; the limit is MAX_TILES={MAX_TILES}")
+    fitting = _most_enlarging(width, height, tile, max_tiles)
+    return fitting if fitting is not None else _nearest_shape(width, height, max_tiles)
+
+
+def tile_image(
+    image: object,
+    tile: int = 448,
+    max_tiles: int = 36,
+    *,
+    spec: PixelSpec | None = None,
+    thumbnail: bool = True,
+    orient: bool = True,
+) -> Tensor:
+    """M 3 T T float32: the picture small, then its tiles row by row; `choose_grid` says how many.
+
+    image      whatever `perception.media.read_image` reads
+    spec       mean, std and interpolation; its size must be `tile`. Bicubic, 0.5 and 0.5 by default
+    thumbnail  False: the tiles alone. With max_tiles=1 that is the picture in one square
+
+    The picture becomes RGB first, and then is stretched to the grid: its aspect ratio is not kept.
+    """
+    spec = _spec(tile, spec)
+    return spec.normalize(tile_codes(image, tile, max_tiles, spec=spec, thumbnail=thumbnail, orient=orient))
+
+
+def tile_codes(
+    image: object,
+    tile: int = 448,
+    max_tiles: int = 36,
+    *,
+    spec: PixelSpec | None = None,
+    thumbnail: bool = True,
+    orient: bool = True,
+) -> Tensor:
+    """M 3 T T uint8: `tile_image` before it is normalized."""
+    spec = _spec(tile, spec)
+    rgb = to_rgb(read_image(image, orient=orient))
+    cols, rows = choose_grid(rgb.width, rgb.height, tile, max_tiles)
+    if max(cols * tile / rgb.width, rows * tile / rgb.height) > STRETCH:
+        warnings.warn(
+            f"a picture of {rgb.width}x{rgb.height} is stretched to {cols}x{rows} tiles of {tile}, "
+            f"{cols * rows + thumbnail} in all; a lower max_tiles than {max_tiles} would do",
+            stacklevel=2,
+        )
+    chunks = cut(_stretched(rgb, cols * tile, rows * tile, spec), cols, rows)
+    return torch.cat([_stretched(rgb, tile, tile, spec)[None], chunks]) if thumbnail else chunks
+
+
+def cut(pixels: Tensor, cols: int, rows: int) -> Tensor:
+    """C H W to (rows * cols) C H/rows W/cols, row by row."""
+    return rearrange(pixels, "c (rows h) (cols w) -> (rows cols) c h w", rows=rows, cols=cols)
+
+
+def untile(tiles: Tensor, cols: int, rows: int, thumbnail: bool = True) -> Tensor:
+    """Tiles back to C H W: M C T T, the first of them left out when it is the thumbnail."""
+    if len(tiles) != cols * rows + thumbnail:
+        small = " and a thumbnail" if thumbnail else ""
+        raise ConfigError(f"{len(tiles)} tiles are not {cols} x {rows}{small}")
+    return rearrange(tiles[int(thumbnail) :], "(rows cols) c h w -> c (rows h) (cols w)", rows=rows, cols=cols)
+
+
+@lru_cache
+def arrangements(max_tiles: int) -> tuple[tuple[int, int], ...]:
+    """Every (cols, rows) of at most `max_tiles` tiles in the order in which they are tried.
+
+    From many tiles to few, grids of one aspect ratio together where the first of them stands: ties depend on it.
+    """
+    groups: dict[float, list[tuple[int, int]]] = {}
+    for count in range(max_tiles, 0, -1):
+        for cols in range(1, count + 1):
+            if count % cols == 0:
+                groups.setdefault(cols / (count // cols), []).append((cols, count // cols))
+    return tuple(grid for group in groups.values() for grid in group)
+
+
+def _most_enlarging(width: int, height: int, tile: int, max_tiles: int) -> tuple[int, int] | None:
+    shape = width / height
+    best, best_size = None, -1.0
+    for cols, rows in arrangements(max_tiles):
+        if cols * tile < width or rows * tile < height:
+            continue
+        # Floats and floors as published: whole-number arithmetic would break other ties.
+        enlarge = min(cols * tile / width, rows * tile / height)
+        size: float
+        if shape > 1:
+            size = math.floor(enlarge * width / shape)  # the height of the fitted picture
+        elif shape == 1:
+            size = enlarge * height
+        else:
+            size = math.floor(enlarge * height * shape)  # its width
+        if size >= best_size:
+            best, best_size = (cols, rows), size
+    return best
+
+
+def _nearest_shape(width: int, height: int, max_tiles: int) -> tuple[int, int]:
+    shape = width / height
+    shapes = dict.fromkeys(cols / rows for cols, rows in arrangements(max_tiles))
+    if shape >= 1:  # among the shapes no wider than the picture
+        nearest = min((known for known in shapes if known <= shape), key=lambda known: abs(known - shape))
+        return max((grid for grid in arrangements(max_tiles) if grid[0] / grid[1] == nearest), key=lambda grid: grid[0])
+    taller = (known for known in shapes if known > shape)
+    nearest = min(taller, key=lambda known: abs(1 / known - 1 / shape))
+    return max((grid for grid in arrangements(max_tiles) if grid[0] / grid[1] == nearest), key=lambda grid: grid[1])
+
+
+def _stretched(rgb: Image.Image, width: int, height: int, spec: PixelSpec) -> Tensor:
+    resized = rgb.resize((width, height), Image.Resampling[spec.interpolation.upper()])
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+
+
+def _spec(tile: int, spec: PixelSpec | None) -> PixelSpec:
+    if spec is None:
+        return PixelSpec(size=tile, interpolation="bicubic")
+    if spec.size != tile:
+        raise ConfigError(f"tiles of {tile} for a model that sees {spec.size}; they must be the same")
+    return spec
