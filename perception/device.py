@@ -47,8 +47,12 @@ def pick_dtype(
 ) -> torch.dtype:
     """The dtype asked for; for "auto" float32 on a CPU, where half precision is slow, and the stored one elsewhere.
 
+    "stored" is the stored one everywhere, for conversions that must not change a bit.
+
     Raises ConfigError for a dtype a model cannot run in.
     """
+    if dtype == "stored":
+        return stored
     if dtype == "auto":
         half = stored in (torch.float16, torch.bfloat16)
         return stored if half and torch.device(device).type != "cpu" else torch.float32

@@ -19,7 +19,7 @@ from perception_encoder.text import TextTransformer
 from perception_encoder.vision import VisionTransformer
 from perception_encoder.visualize import correspond, pca_image
 from perception_encoder.zero_shot import Prediction, ZeroShotClassifier
-# from perception_encoder.zoo import list_models, load_clip, load_encoder, save
+from perception_encoder.zoo import list_models, load_clip, load_encoder, save
 
 __all__ = [
     "CLIP",
