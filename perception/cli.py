@@ -39,7 +39,7 @@ def build() -> typer.Typer:
 def main() -> None:
     """Run the command. Every error is one line on stderr: exit 1 for input, 2 for usage, 70 for a fault of ours."""
     try:
-        build()()
+        build()(prog_name="perception")
     except (PerceptionError, ValueError, LookupError, TypeError, OSError) as error:
         if isinstance(error, BrokenPipeError):  # `perception models | head`: the reader has what it wanted
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  so that the flush at exit does not fail again

@@ -40,8 +40,10 @@ def models(
         raise ConfigError(f"no model matches {pattern!r}; `perception models` lists all of them")
     header = ["name", "kind", "parameters", "pixels", "patch", "licence", "from"]
     rows = [
-        [m["name"], m["kind"], f"{m['parameters'] / 1e6:.1f} M", str(m["image_size"]), str(m["patch_size"]), m["license"]]
-        + [m["source"]]
+        [m["name"], m["kind"], f"{m['parameters'] / 1e6:.1f} M", str(m["vision"]["image_size"])]
+        + [str(m["vision"]["patch_size"]), m["licence"], next(iter(m["weights"].values()))]
+        if "vision" in m
+        else [m["name"], m["kind"], "-", "-", "-", "-", m["provider"]]
         for m in found
     ]
     show(found, as_json, lambda: table(rows, header))
@@ -49,14 +51,16 @@ def models(
 
 def download(
     name: Annotated[str, typer.Argument(help="A model name or hub id.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Also store it as a folder of our format here.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Also store it as a folder of our format here.")
+    ] = None,
     revision: Annotated[str | None, typer.Option(help="A branch, tag or commit of the hub repository.")] = None,
     as_json: Json = False,
 ) -> None:
     """Fetch a model's weights into the cache, so that it loads without a network."""
     from perception_encoder import zoo
 
-    path = zoo.fetch(name, revision=revision)
+    path = zoo.download(name, revision=revision)
     if out is not None:
         zoo.save(_load(name, None, "cpu", "auto", revision=revision), out)
     found = {"name": name, "file": str(path), "bytes": path.stat().st_size if path.is_file() else None}
@@ -73,18 +77,17 @@ def convert(
     """Write a model in another layout, bit for bit the same weights."""
     from perception_encoder import checkpoints
 
-    model = _load(source, config, "cpu", "auto", keep_dtype=True)
-    written = checkpoints.export(model, out, layout=layout)
-    show({"layout": layout, "out": str(written)}, as_json, lambda: f"{written}")
+    checkpoints.export(_load(source, config, "cpu", "stored"), out, layout=layout)
+    show({"layout": layout, "out": str(out)}, as_json, lambda: str(out))
 
 
 def inspect(
     source: Annotated[str, typer.Argument(help="A file or folder of weights, or a model name.")], as_json: Json = False
 ) -> None:
     """What a file of weights holds, without running anything in it."""
-    from perception_encoder import checkpoints
+    from perception_encoder.inspection import inspect as look
 
-    found = checkpoints.inspect(source)
+    found = look(source)
     tensors = found.pop("tensors")
     rows = [[t["name"], "x".join(map(str, t["shape"])) or "-", t["dtype"]] for t in tensors]
     text = "\n".join(f"{key:<12}{value}" for key, value in found.items() if value is not None)
@@ -168,7 +171,9 @@ def embed(
 def features(
     images: Images,
     out: Out = Path("features.safetensors"),
-    layer: Annotated[list[int] | None, typer.Option("--layer", help="A block, 0 the first, -1 the last; may repeat.")] = None,
+    layer: Annotated[
+        list[int] | None, typer.Option("--layer", help="A block, 0 the first, -1 the last; may repeat.")
+    ] = None,
     norm: Annotated[bool, typer.Option(help="After the final norm.")] = False,
     size: Annotated[int | None, typer.Option(help="Side in pixels, a multiple of the patch.")] = None,
     model: Model = DEFAULT_MODEL,
@@ -261,29 +266,32 @@ def _load_tower(model: str, config: Path | None, device: str, dtype: str) -> Any
 
 def _load_any(model: str, config: Path | None, device: str, dtype: str) -> Any:
     """A CLIP model where the name is one, a tower otherwise."""
-    from perception_encoder import zoo
-
-    both = zoo.kind_of(model) == "clip" if config is None else "vision" in json.loads(config.read_text("utf-8"))
-    return (_load_clip if both else _load_tower)(model, config, device, dtype)
+    return (_load_clip if _holds_both(model, config) else _load_tower)(model, config, device, dtype)
 
 
-def _load(
-    source: str, config: Path | None, device: str, dtype: str, *, revision: str | None = None, keep_dtype: bool = False
-) -> Any:
+def _load(source: str, config: Path | None, device: str, dtype: str, *, revision: str | None = None) -> Any:
     from perception_encoder import zoo
     from perception_encoder.config import ClipConfig, VisionConfig
 
-    both = zoo.kind_of(source) == "clip" if config is None else "vision" in json.loads(config.read_text("utf-8"))
+    both = _holds_both(source, config)
     load, kind = (zoo.load_clip, ClipConfig) if both else (zoo.load_encoder, VisionConfig)
-    settings: dict[str, Any] = {"config": _config(kind, config), "device": device, "revision": revision}
-    return load(source, dtype="stored" if keep_dtype else dtype, **settings)
+    return load(source, config=_config(kind, config), device=device, dtype=dtype, revision=revision)  # type: ignore[operator]
+
+
+def _holds_both(source: str, config: Path | None) -> bool:
+    """Whether this is a CLIP model: its config file says so where there is one, the weights themselves elsewhere."""
+    from perception_encoder.inspection import kind_of
+
+    return kind_of(source) == "clip" if config is None else "text" in _json(config)
 
 
 def _config(kind: Any, path: Path | None) -> Any:
-    if path is None:
-        return None
+    return None if path is None else kind.from_dict(_json(path))
+
+
+def _json(path: Path) -> Any:
     try:
-        return kind.from_dict(json.loads(path.read_text("utf-8")))
+        return json.loads(path.read_text("utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no readable JSON: {error}") from error
 

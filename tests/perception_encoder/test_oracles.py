@@ -160,5 +160,7 @@ def test_f02_torchvision_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> N
 
     monkeypatch.setattr(importlib, "import_module", broken)
     for load in (lambda: load_timm("vit_tiny_patch16_224"), lambda: load_open_clip("ViT-B-32", "openai")):
-        with pytest.raises(MissingExtra, match="torchvision release that matches torch.*pip install 'perception-vision"):
+        with pytest.raises(
+            MissingExtra, match="torchvision release that matches torch.*pip install 'perception-vision"
+        ):
             load()
