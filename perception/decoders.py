@@ -30,6 +30,7 @@ from perception.media import DEMUXERS, ClipLimits, FrameChoice, Video
 EXACT_BYTES = 512 * 2**20  # larger files are not read through to count their frames; the header is believed
 # torchcodec seeks by time, and without an index in the file lands on the wrong frame (MPEG streams, FLV).
 INDEXED = ("mov", "matroska", "avi")
+CHILD = "from perception.decoders import serve_one; serve_one()"
 INSTALL = "pip install 'perception-vision[video]'"
 
 
@@ -66,7 +67,11 @@ class Reader(io.RawIOBase):
         return data if size < 0 else data[:size]
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
-        return self._file.seek(offset, whence)
+        try:
+            return self._file.seek(offset, whence)
+        except Exception as error:
+            self.error = error
+            return -1
 
     def tell(self) -> int:
         return self._file.tell()
@@ -381,7 +386,7 @@ def decode_in_child(
         "backend": backend,
         "timeout": timeout,
     }
-    command = [sys.executable, "-c", "from perception.decoders import serve_one; serve_one()", json.dumps(order)]
+    command = [sys.executable, "-c", CHILD, json.dumps(order)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     with (
         _on_disk(file) as media,

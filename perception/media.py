@@ -82,7 +82,7 @@ def sniff(head: bytes) -> str:
         if mark in text:
             return kind
     kind = _binary_kind(head) or _text_kind(head, text) or "unknown binary data"
-    # FFmpeg looks for playlists in the text before the first zero byte; a container that has none so far is none we know.
+    # FFmpeg looks for playlists in the text before the first zero byte; every container has one early.
     return "unknown binary data" if kind in DEMUXERS and b"\0" not in head else kind
 
 
@@ -454,7 +454,7 @@ def choose_frames(
     """Which frames a video language model sees: one a second, thinned evenly to `max_frames`.
 
     With fewer than `max_frames` seconds there is no use in one a second, and the frames are spread evenly over all of
-    the window. `start` and `end` are seconds; `end` may lie past the last frame, and an empty window is widened by a frame.
+    the window. `start` and `end` are seconds; `end` may lie past the last frame; an empty window gets a second frame.
 
     Raises ConfigError for times that are reversed, negative or past the end, and when the clip is slower than half of
     `sampling_fps`, which leaves no stride.
@@ -600,8 +600,8 @@ def read_video(
 ) -> Video:
     """Some frames of a video, chosen as `choose_frames` does or named by `indices`.
 
-    source   path | bytes | binary file of an MP4, MOV, MKV, WebM, AVI, Ogg, MPEG, FLV or WMV clip; an animated GIF, WebP
-             or PNG, a TIFF of many pages; a folder of pictures or a list of them, one frame each, taken as one a
+    source   path | bytes | binary file of an MP4, MOV, MKV, WebM, AVI, Ogg, MPEG, FLV or WMV clip; an animated GIF,
+             WebP or PNG, a TIFF of many pages; a folder of pictures or a list of them, one frame each, taken as one a
              second; a uint8 array or tensor N H W 3 or N 3 H W
     backend  "auto" takes torchcodec where it seeks exactly and PyAV elsewhere, and the other when one fails
     timeout  seconds until MediaError; a decoder that hangs is left behind in its thread
