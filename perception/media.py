@@ -23,7 +23,7 @@ from typing import Any, BinaryIO, Literal, TypeVar, cast
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFile
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from perception.errors import ConfigError, LimitError, MediaError
@@ -226,9 +226,9 @@ def read_image(
 
     source           path | bytes | binary file | PIL image | uint8 array or tensor: H W, H W C or C H W with 1, 3 or 4
                      channels. Where both ends could be channels, NumPy means H W C and torch means C H W
-    orient           turn the picture as its EXIF tag asks
+    orient           turn the picture as its EXIF tag asks (a TIFF Pillow turns in any case)
     max_pixels       LimitError above it, from the header, before anything is decoded
-    allow_truncated  a picture cut short gives what is there, the rest black; only JPEG, PNG and the like can
+    allow_truncated  a JPEG cut short gives what is there, the rest grey; other formats are refused in any case
 
     Sixteen-bit grey is scaled to eight bits by 1/257 (Pillow would clip it, to nearly white), and float and 32-bit
     grey become eight-bit grey as `grey_codes` says. An animation or a file of many pages gives its first picture.
@@ -247,9 +247,12 @@ def read_image(
         try:
             image = _load(_open_picture(file, name), name, max_pixels)
         except MediaError:
-            if not allow_truncated or (partial := _read_partial(file, max_pixels)) is None:
+            file.seek(0)
+            if not allow_truncated or sniff(file.read(HEAD)) != "a JPEG picture":
                 raise
-            image = partial
+            # An end marker where the data ends. Pillow has a switch for this, but it is global and threads share it.
+            file.seek(0)
+            image = _load(_open_picture(io.BytesIO(file.read() + b"\xff\xd9"), name), name, max_pixels)
         image = _upright(image) if orient else image
         if getattr(image, "is_animated", False):
             image = image.copy()  # of its own: the file closes
@@ -286,20 +289,6 @@ def _check_size(width: int, height: int, name: str, max_pixels: int) -> None:
         raise MediaError(f"{name} has no pixels: {width}x{height}")
     if width * height > max_pixels:
         raise LimitError(f"{name} is {width}x{height}, {width * height} pixels; the limit is max_pixels={max_pixels}")
-
-
-def _read_partial(file: BinaryIO, max_pixels: int) -> Image.Image | None:
-    # Fed piecemeal, Pillow keeps what it has decoded; its own switch for this is global, and threads share it.
-    file.seek(0)
-    parser = ImageFile.Parser()
-    try:
-        parser.feed(file.read())
-    except Exception:  # a decoder's; the caller reports the first error
-        return None
-    image = parser.image
-    if image is None or image.format not in PICTURE_FORMATS or image.width * image.height > max_pixels:
-        return None
-    return image.copy()
 
 
 _TURNS = {
@@ -345,7 +334,7 @@ def grey_codes(image: Image.Image) -> Image.Image:
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB as the published preprocessing makes it: alpha and transparent colours are dropped, not blended.
 
-    Raises MediaError for a colour space Pillow cannot convert (LAB).
+    Raises MediaError for a colour space that Pillow cannot convert.
     """
     if image.mode == "RGB":
         return image

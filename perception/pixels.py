@@ -126,8 +126,8 @@ class PixelSpec:
             return image.resize((S, S), method)
         width, height, left, top = _crop_window(image.width, image.height, S)
         if width * height > MAX_PIXELS:
-            # Of a strip of 1 x 20000, made S wide, only what the crop keeps is resized, and as much around it as filters
-            # reach: Pillow's see nothing outside the box.
+            # Of a strip of 1 x 20000, made S wide, only what the crop keeps is resized, and what the filters
+            # reach around it, for they see nothing outside the box.
             x, y = image.width / width, image.height / height
             margin = math.ceil(3 * max(1, 1 / min(x, y)))
             x0, y0 = max(0, left - margin), max(0, top - margin)

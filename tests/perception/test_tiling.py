@@ -82,7 +82,8 @@ def test_a_picture_that_fits_somewhere_is_never_shrunk(width: int, height: int, 
     fits = [grid for grid in arrangements(limit) if grid[0] * 448 >= width and grid[1] * 448 >= height]
     cols, rows = choose_grid(width, height, max_tiles=limit)
     if fits:
-        assert (cols * 448 >= width) and (rows * 448 >= height)
+        assert cols * 448 >= width
+        assert rows * 448 >= height
 
 
 @settings(max_examples=40)
