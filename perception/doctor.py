@@ -53,9 +53,9 @@ def report(checks: list[Check]) -> str:
             group = check.group
             lines.append(f"\n{group}")
         mark = {True: "ok", False: "FAIL", None: "-"}[check.ok]
-        lines.append(f"  {mark:<5}{check.name:<24}{check.detail}")
+        lines.append(f"  {mark:<5}{check.name:<27}{check.detail}")
         if check.fix:
-            lines.append(f"       {'':<24}fix: {check.fix}")
+            lines.append(f"       {'':<27}fix: {check.fix}")
     return "\n".join(lines).lstrip("\n")
 
 

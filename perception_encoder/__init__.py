@@ -15,6 +15,7 @@ from perception_encoder.config import ClipConfig, TextConfig, VisionConfig
 from perception_encoder.features import features
 from perception_encoder.protocol import Features, VisionEncoder
 from perception_encoder.retrieval.embed import embed
+from perception_encoder.retrieval.index import Index
 from perception_encoder.text import TextTransformer
 from perception_encoder.vision import VisionTransformer
 from perception_encoder.visualize import correspond, pca_image
@@ -25,6 +26,7 @@ __all__ = [
     "CLIP",
     "ClipConfig",
     "Features",
+    "Index",
     "Prediction",
     "TextConfig",
     "TextTransformer",

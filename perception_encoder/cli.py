@@ -39,14 +39,16 @@ def models(
     if not found:
         raise ConfigError(f"no model matches {pattern!r}; `perception models` lists all of them")
     header = ["name", "kind", "parameters", "pixels", "patch", "licence", "from"]
-    rows = [
-        [m["name"], m["kind"], f"{m['parameters'] / 1e6:.1f} M", str(m["vision"]["image_size"])]
-        + [str(m["vision"]["patch_size"]), m["licence"], next(iter(m["weights"].values()))]
-        if "vision" in m
-        else [m["name"], m["kind"], "-", "-", "-", "-", m["provider"]]
-        for m in found
-    ]
+    rows = [_model_row(model) for model in found]
     show(found, as_json, lambda: table(rows, header))
+
+
+def _model_row(model: dict[str, Any]) -> list[str]:
+    if "vision" not in model:  # an encoder that another distribution registered
+        return [model["name"], model["kind"], "-", "-", "-", "-", model["provider"]]
+    vision, millions = model["vision"], f"{model['parameters'] / 1e6:.1f} M"
+    sizes = [str(vision["image_size"]), str(vision["patch_size"])]
+    return [model["name"], model["kind"], millions, *sizes, model["licence"], next(iter(model["weights"].values()))]
 
 
 def download(
@@ -156,7 +158,7 @@ def embed(
     vectors = embed_images(
         encoder, files, batch_size=batch_size, normalize=normalize, progress=True, on_error=on_error, failures=failures
     )
-    lost = {failure.index for failure in failures}
+    lost = {failure.row for failure in failures}
     names = [_text(file) for index, file in enumerate(files) if index not in lost]
     save_embeddings(out, Embeddings(vectors, names, fingerprint(encoder)))
     found = {
@@ -275,7 +277,7 @@ def _load(source: str, config: Path | None, device: str, dtype: str, *, revision
 
     both = _holds_both(source, config)
     load, kind = (zoo.load_clip, ClipConfig) if both else (zoo.load_encoder, VisionConfig)
-    return load(source, config=_config(kind, config), device=device, dtype=dtype, revision=revision)  # type: ignore[operator]
+    return load(source, config=_config(kind, config), device=device, dtype=dtype, revision=revision)
 
 
 def _holds_both(source: str, config: Path | None) -> bool:

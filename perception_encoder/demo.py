@@ -79,7 +79,9 @@ def search(model: CLIP, out: Path) -> tuple[Section, dict[str, Any]]:
     body, found = "", {}
     for query, hits in zip(QUERIES, nearest(queries, vectors, k=3), strict=True):
         found[query] = [{"picture": names[row], "cosine": round(score, 4)} for row, score in hits]
-        cards = [figure(read_image(drawings[names[row]]), f"{html.escape(names[row])} {score:.2f}") for row, score in hits]
+        cards = [
+            figure(read_image(drawings[names[row]]), f"{html.escape(names[row])} {score:.2f}") for row, score in hits
+        ]
         body += f"<h3>“{html.escape(query)}”</h3>{grid(cards)}"
     text = f"{len(names)} pictures, {vectors.shape[1]} numbers each, stored in drawings.safetensors beside this page."
     return ("Embed a folder, search it with sentences", text, body), {"searched": found}
@@ -159,12 +161,13 @@ body {{ font: 16px/1.5 system-ui, sans-serif; max-width: 68rem; margin: 2rem aut
 h1 {{ margin-bottom: 0 }} h2 {{ margin-top: 2.5rem; border-top: 1px solid #ddd; padding-top: 1rem }}
 .grid {{ display: grid; grid-template-columns: repeat(auto-fill, minmax(11rem, 1fr)); gap: 1rem }}
 figure {{ margin: 0 }} img {{ width: 100%; border-radius: 6px; background: #fff; border: 1px solid #eee }}
-figcaption, .bar {{ font-size: .85rem }} .bar {{ position: relative; background: #f2f2f2; margin: 3px 0; border-radius: 3px }}
+figcaption, .bar {{ font-size: .85rem }}
+.bar {{ position: relative; background: #f2f2f2; margin: 3px 0; border-radius: 3px }}
 .bar i {{ position: absolute; inset: 0 auto 0 0; background: #b9d7ff; border-radius: 3px }}
 .bar span {{ position: relative; padding: 0 .4rem }} footer {{ margin-top: 3rem; color: #666; font-size: .85rem }}
 </style></head><body><h1>perception demo</h1>
 <p>Everything here ran on this machine in {seconds:.1f} s, without a network. {html.escape(HONEST)}</p>
 {body}
-<footer>perception-vision {html.escape(__version__)}. Media: see perception_encoder/samples/ASSETS.md for sources, authors
-and licences.</footer></body></html>
+<footer>perception-vision {html.escape(__version__)}. Media: perception_encoder/samples/ASSETS.md names sources,
+authors and licences.</footer></body></html>
 """

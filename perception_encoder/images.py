@@ -18,7 +18,7 @@ ON_ERROR = ("raise", "skip", "log")
 
 class Failure(NamedTuple):
     position: int  # in the batch it was part of
-    index: int  # in everything given
+    row: int  # in everything given
     source: str
     reason: str
 

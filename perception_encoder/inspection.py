@@ -44,15 +44,14 @@ def layout_of(names: Any) -> tuple[str, Kind] | None:
     return next(((layout.name, kind) for kind in kinds for layout in LAYOUTS[kind] if layout.sign in names), None)
 
 
-def kind_of(source: str | Path) -> Kind:
+def kind_of(source: str) -> Kind:
     """Whether a name, folder or file is a CLIP model or a vision tower alone. Raises CheckpointError when neither."""
     try:
-        return describe(str(source))["kind"]
+        return describe(source)["kind"]
     except LookupError:
-        foreign = isinstance(source, str) and not Path(source).exists()
-        if foreign and source.startswith(("timm/", "open_clip/")):
+        if not Path(source).exists() and source.startswith(("timm/", "open_clip/")):
             return "clip" if source.startswith("open_clip/") else "tower"
-        path = download(str(source))
+        path = download(source)
     if path.is_dir():
         return read_config(path).get("kind", "tower")
     found = layout_of(open_checkpoint(path))

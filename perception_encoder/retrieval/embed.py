@@ -68,7 +68,7 @@ def embedding_width(model: Any) -> int:
     """C, from the sizes of the model where it tells them."""
     config = getattr(model, "config", None)
     config = getattr(config, "vision", config)
-    return int(getattr(config, "output_width", None) or getattr(model, "width", 0))
+    return int(getattr(config, "output_width", None) or getattr(model, "width", None) or 0)
 
 
 class Embeddings(NamedTuple):

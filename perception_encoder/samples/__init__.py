@@ -1,4 +1,4 @@
-"""Twelve photographs and two clips that may be shown, changed and passed on; ASSETS.md says whose they are."""
+"""Drawings, photographs and clips that may be shown, changed and passed on; ASSETS.md and CREDITS.md say whose they are."""
 
 from pathlib import Path
 
@@ -20,6 +20,11 @@ captions = {
     "bunny": "a big grey cartoon rabbit stretches in front of its burrow",
     "city": "skyscrapers with lit windows at night",
 }
+
+
+def drawings() -> dict[str, Path]:
+    """The drawings by what they show, in order."""
+    return {path.stem.replace("_", " "): path for path in sorted((_HERE / "drawings").glob("*.png"))}
 
 
 def photos() -> dict[str, Path]:
