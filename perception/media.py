@@ -665,6 +665,8 @@ def _video_of_animation(file: BinaryIO, name: str, choice: FrameChoice, limits: 
         num_frames = getattr(image, "n_frames", 1)
         for index in range(num_frames):
             image.seek(index)
+            if image.format == "WEBP":
+                image.load()  # only then is the duration this frame's
             times.append(clock)
             # What browsers do with a frame that gives no duration; pages of a TIFF are a second each.
             clock += (image.info.get("duration") or 100) / 1000 if image.format != "TIFF" else 1.0
