@@ -1,0 +1,77 @@
+"""Optimizers and the learning rate over time."""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose step is an orthogonal matrix (Jordan et al. 2024): every direction of a matrix learns alike.
+
+    For the matrices inside transformer blocks; give embeddings, vectors and the first and last layer to AdamW. A packed
+    query-key-value matrix is three matrices. Plain float32 (PyTorch's own computes in bfloat16, slow on many CPUs).
+
+    lr            the step's RMS is 0.2 * lr whatever the shape, so AdamW's rates fit (Liu et al. 2025, section 2.2)
+    weight_decay  as in AdamW
+    """
+
+    def __init__(self, params: Iterable[Any], lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+                ahead = p.grad.lerp(state["momentum"], group["momentum"])
+                parts = 3 if p.shape[0] == 3 * p.shape[1] else 1
+                step = torch.cat([orthogonal(part) * max(part.shape) ** 0.5 for part in ahead.chunk(parts)])
+                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step, alpha=0.2 * group["lr"])
+        return loss
+
+
+def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
+    """Nearly the orthogonal factor of a matrix, by a fifth-order Newton-Schulz iteration (Jordan et al. 2024)."""
+    x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    x = x / (x.norm() + 1e-7)
+    for _ in range(steps):
+        gram = x @ x.T
+        x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
+    return x if matrix.shape[0] <= matrix.shape[1] else x.T
+
+
+def make_optimizers(module: nn.Module, lr: float, weight_decay: float = 0.05) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of `blocks`, AdamW for all else; vectors are not decayed."""
+    matrices: list[nn.Parameter] = []
+    tables: list[nn.Parameter] = []
+    vectors: list[nn.Parameter] = []
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        if parameter.ndim < 2:
+            vectors.append(parameter)
+        else:
+            (matrices if "blocks." in name and parameter.ndim == 2 else tables).append(parameter)
+    groups = [{"params": tables, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [
+        Muon(matrices, lr=lr, weight_decay=weight_decay),
+        torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.98), fused=True),
+    ]
+
+
+def warmup_stable_decay(step: int, steps: int, warmup: int = 0, decay: int = 0) -> float:
+    """A factor on the learning rate: up over `warmup` steps, one, down to zero over the last `decay`.
+
+    The middle does not depend on the end, so a run can be made longer without beginning again (Hu et al. 2024).
+    """
+    up = (step + 1) / (warmup + 1)
+    down = (steps - step) / (decay + 1)
+    return max(0.0, min(1.0, up, down))
