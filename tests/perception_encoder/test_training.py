@@ -5,7 +5,6 @@ import math
 import os
 import signal
 from dataclasses import replace
-from importlib import resources
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,6 +15,8 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from perception.errors import CheckpointError, MediaError
+from perception.files import sha256_of
+from perception_encoder import samples
 from perception_encoder.training import (
     Augment,
     Loop,
@@ -34,6 +35,8 @@ from perception_encoder.training.drawings import Concept, IconSet, choose_split,
 from perception_encoder.training.drawings import Drawings as DrawingSet
 from perception_encoder.training.nano import Lessons, NanoConfig, image_stage, joint_stage, text_stage, whiten
 from perception_encoder.training.optim import orthogonal
+from perception_encoder.zero_shot import DRAWING_TEMPLATES, ZeroShotClassifier
+from perception_encoder.zoo import load_clip
 
 
 def unit(x: Tensor) -> Tensor:
@@ -364,14 +367,22 @@ def test_every_stage_moves_what_it_should(tmp_path: Path) -> None:
 
 
 def test_shipped_weights_know_the_bundled_drawings() -> None:
-    from perception_encoder.zero_shot import DRAWING_TEMPLATES, ZeroShotClassifier
-    from perception_encoder.zoo import load_clip
-
-    clip = load_clip("PE-Core-nano")
-    folder = resources.files("perception_encoder").joinpath("samples/drawings")
-    files = sorted((f for f in folder.iterdir() if f.name.endswith(".png")), key=lambda f: f.name)
+    clip, files = load_clip("PE-Core-nano", device="cpu"), samples.drawings()
     assert 8 <= len(files) <= 12
-    labels = [f.name.removesuffix(".png").replace("-", " ") for f in files]
-    rows = ZeroShotClassifier(clip, labels, DRAWING_TEMPLATES).predict([f.read_bytes() for f in files], top=1)
-    right = sum(row[0].label == label for row, label in zip(rows, labels, strict=True))
-    assert right >= len(files) - 2
+    rows = ZeroShotClassifier(clip, list(files), DRAWING_TEMPLATES).predict(list(files.values()), top=1)
+    right = [row[0].label for row in rows] == list(files)
+    assert right, {label: row[0].label for label, row in zip(files, rows, strict=True)}
+
+
+def test_shipped_weights_are_small_and_credited() -> None:
+    folder = Path(samples.__file__).parents[1] / "weights"
+    assert sum(f.stat().st_size for f in (folder / "PE-Core-nano").iterdir()) < 24_000_000
+    notice = (folder / "NOTICE.md").read_text(encoding="utf-8")
+    for name in ("Twemoji", "EmojiOne", "CC BY 4.0", "noto", "WordNet", "MiniLM", "EfficientNet"):
+        assert name.lower() in notice.lower(), name
+    card = (folder / "PE-Core-nano" / "README.md").read_text(encoding="utf-8")
+    results = json.loads((Path(__file__).parents[2] / "benchmarks/results/pe_core_nano.json").read_text())
+    for style in ("twemoji", "noto", "openmoji"):
+        line = results["results"]["T2"][style]
+        assert f"| T2 unseen concepts, {style} | {100 * line['top1']:.1f} (" in card, "the card is the file's"
+    assert results["weights_sha256"] == sha256_of(folder / "PE-Core-nano" / "model.safetensors")
