@@ -119,11 +119,14 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     if suffix not in (".safetensors", *TORCH_SUFFIXES):
         known = ", ".join((".safetensors", *TORCH_SUFFIXES))
         raise CheckpointError(f"{path} ends in {suffix or 'nothing'!r}; weights are read from {known}")
-    _check_head(path, suffix)
-    if suffix == ".safetensors":
+    try:
+        _check_head(path, suffix)
+        if suffix != ".safetensors":
+            return Checkpoint(path, [_Torch(path)])
         source = _Safetensors(path)
         return Checkpoint(path, [source], source.metadata)
-    return Checkpoint(path, [_Torch(path)])
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
 def read_folder(folder: str | Path) -> tuple[dict[str, Any], Checkpoint]:
@@ -132,8 +135,8 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], Checkpoint]:
     Raises ConfigError for a folder without a readable `config.json`, and CheckpointError when its weights are missing,
     damaged, or not the ones the config was written with.
     """
-    folder = Path(folder)
-    for _ in range(3):  # a save in another process may put new files in place between our two reads
+    folder, before = Path(folder), None
+    while True:
         config = read_config(folder)
         wanted = _fingerprint_in(config)
         if wanted is None:
@@ -147,6 +150,9 @@ def read_folder(folder: str | Path) -> tuple[dict[str, Any], Checkpoint]:
                 continue  # it has no such file, or just lost it to a rename
             if found.metadata.get("fingerprint") == wanted:
                 return config, found
+        if wanted == before:
+            break  # nobody is saving here: they really do not belong together
+        before = wanted
     if not (folder / WEIGHTS).is_file():
         raise CheckpointError(f"folder {folder} has no {WEIGHTS}")
     raise CheckpointError(
@@ -244,7 +250,9 @@ class _Torch:
 
     def _load(self) -> dict[str, Tensor]:
         try:
-            loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mapped)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # about pickle protocols: what cannot be read is an error below
+                loaded = torch.load(self.path, map_location="cpu", weights_only=True, mmap=self._mapped)
         except Exception as error:  # the restricted reader fails in as many ways as a file can be wrong
             raise CheckpointError(_explain_torch(self.path, error)) from error
         return _state_dict(loaded, self.path)
@@ -324,8 +332,8 @@ def _check_archive(path: Path) -> None:
 
 def _explain_torch(path: Path, error: Exception) -> str:
     text, size = str(error), path.stat().st_size
-    if "Unsupported" in text and "truncated" not in text:
-        culprit = re.search(r"GLOBAL ([\w.]+)", text)
+    if re.search("unsupported", text, re.IGNORECASE) and "truncated" not in text:
+        culprit = re.search(r"(?:GLOBAL|class) ([\w.]+)", text)
         what = f" ({culprit[1]})" if culprit else ""
         return f"{path} holds more than tensors{what}: a state dict expected, save model.state_dict(); nothing was run"
     return f"{path} ({size} bytes) is damaged or truncated: {text.splitlines()[0] if text else type(error).__name__}"
@@ -395,7 +403,7 @@ def _stamp(path: Path) -> tuple[int, int, int]:
 
 
 def _check_stamp(path: Path, stamp: tuple[int, int, int]) -> None:
-    if _stamp(path) != stamp:
+    if not path.exists() or _stamp(path) != stamp:
         raise CheckpointError(f"{path} changed while it was read; load it again")
 
 

@@ -266,7 +266,7 @@ def load_clip(
         name, _, tag = name_or_path.removeprefix("open_clip/").partition(":")
         return cast(CLIP, load_open_clip_pair(name, tag or None, device=device, dtype=dtype))
     if isinstance(name_or_path, str) and name_or_path.startswith("timm/") and not _is_published(name_or_path):
-        raise ConfigError(f"{name_or_path}: timm's models have no text tower; use load_encoder, or ./timm/... for a path")
+        raise ConfigError(f"{name_or_path}: timm has no text tower; use load_encoder, or ./timm/... for a path")
     found = _resolve(name_or_path, "clip", config, revision, offline)
     return cast(CLIP, _load(found, device, dtype, strict, check_finite))
 
