@@ -169,7 +169,6 @@ def _with_pyav(reader: Reader, demuxer: str, name: str, choice: FrameChoice, lim
         context = walk.stream.codec_context
         if context is None:
             raise _Failed("no decoder for this codec")
-        limits.check(context.width, context.height, 1, name)
         timeline = walk.timeline()
         if timeline.num_frames < 1:
             raise _Failed("no frames")

@@ -126,14 +126,9 @@ class PixelSpec:
             return image.resize((S, S), method)
         width, height, left, top = _crop_window(image.width, image.height, S)
         if width * height > MAX_PIXELS:
-            # Of a strip of 1 x 20000, made S wide, only what the crop keeps is resized, and what the filters
-            # reach around it, for they see nothing outside the box.
+            # Of a strip of 1 x 20000, made S wide, only what the crop keeps is resized. The filters see beyond the box.
             x, y = image.width / width, image.height / height
-            margin = math.ceil(3 * max(1, 1 / min(x, y)))
-            x0, y0 = max(0, left - margin), max(0, top - margin)
-            x1, y1 = min(width, left + S + margin), min(height, top + S + margin)
-            part = image.resize((x1 - x0, y1 - y0), method, box=(x0 * x, y0 * y, x1 * x, y1 * y))
-            return part.crop((left - x0, top - y0, left - x0 + S, top - y0 + S))
+            return image.resize((S, S), method, box=(left * x, top * y, (left + S) * x, (top + S) * y))
         return image.resize((width, height), method).crop((left, top, left + S, top + S))
 
     def _resized_frames(self, frames: Tensor) -> Tensor:

@@ -268,6 +268,7 @@ def test_the_first_picture_of_many(kind: str) -> None:  # F-48
     )
     image = read_image(data)
     assert to_rgb(image).getcolors() == [(64, (255, 0, 0))]
+    assert not getattr(image, "is_animated", False)  # the other pictures went with the file
     assert PixelSpec(size=4).codes(image)[:, 0, 0].tolist() == [255, 0, 0]
 
 
@@ -343,6 +344,13 @@ def test_only_regular_files_are_opened(tmp_path: Path, monkeypatch: pytest.Monke
     for path, what in ((tmp_path / "fifo.png", "a FIFO"), (Path("/dev/zero"), "a device"), (tmp_path, "a folder")):
         with pytest.raises(MediaError, match=f"is {what}; expected a regular file"):
             read_image(path)
+    opened = []
+    os_open = os.open
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", lambda *a, **k: (opened.append(a), os_open(*a, **k))[1])
+        with pytest.raises(MediaError):
+            read_image("/dev/zero")
+    assert not opened  # to open a device can have effects
     # A file that turns into a FIFO between the look and the open.
     saved_stat = os.stat
     (tmp_path / "real.png").write_bytes(saved(noise()))

@@ -71,8 +71,8 @@ def test_mean_and_std_are_per_channel() -> None:
 
 @pytest.mark.parametrize("size", [(6, 400), (400, 6), (30, 900)])
 def test_the_crop_of_a_long_strip_needs_no_long_picture(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    # Smooth, because on noise Pillow's rounding between its two passes shows.
-    strip = picture(4, 4).resize(size, Image.Resampling.BICUBIC)
+    # Of low contrast, because Pillow clips between its two passes.
+    strip = picture(*size).point(lambda value: 64 + value // 2)
     spec = PixelSpec(size=16, resize="crop", interpolation="bicubic")
     whole = spec.codes(strip)
     sizes = []
@@ -80,7 +80,7 @@ def test_the_crop_of_a_long_strip_needs_no_long_picture(size: tuple[int, int], m
     monkeypatch.setattr("perception.pixels.MAX_PIXELS", 4000)
     monkeypatch.setattr(Image.Image, "resize", lambda *a, **k: (sizes.append(a[1]), resize(*a, **k))[1])
     torch.testing.assert_close(spec.codes(strip).int(), whole.int(), rtol=0, atol=1)
-    assert sizes[0][0] * sizes[0][1] < 16 * 16 * 12
+    assert sizes == [(16, 16)]
 
 
 @pytest.mark.parametrize("boxes", [False, True])
@@ -89,7 +89,9 @@ def test_published_video_frames(golden: Path, boxes: bool) -> None:
     frames = tensors["frames_with_boxes" if boxes else "frames"]
     wanted = tensors["transformed_32_with_boxes_codes" if boxes else "transformed_32_codes"]
     pixels = PixelSpec(size=32, interpolation="bicubic").frames(frames)
-    assert ((pixels * 0.5 + 0.5) * 255 - wanted).abs().max() < 1.01
+    difference = ((pixels * 0.5 + 0.5) * 255 - wanted).abs()
+    assert difference.max() < 1.01
+    assert difference.mean() < 0.05  # codes are rounded, not cut off
 
 
 def test_frames_are_whole_codes_close_to_those_of_pictures() -> None:
