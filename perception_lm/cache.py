@@ -1,0 +1,176 @@
+"""Keys and values of the tokens a decoder has seen: a value that is passed, never an attribute that is found.
+
+B batch  T new tokens  S tokens kept  E decoder width
+
+A row's slot number is its position, so rows of different length live side by side:
+
+    row 0   a b c d e .        a query at position p sees the slots 0 to p of its row;
+    row 1   f g - - - .        what padding or a rejected guess left in later slots (-) is written over
+                               before any query is far enough to see it
+"""
+
+from collections.abc import Sequence
+from typing import Protocol, Self, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from perception.errors import LimitError
+
+
+@runtime_checkable
+class Cache(Protocol):
+    """What generation needs of a decoder's memory; a foreign decoder brings its own."""
+
+    lengths: list[int]  # tokens kept, of each row
+
+    def crop(self, lengths: Sequence[int]) -> None: ...  # forget what comes after
+    def select(self, rows: Sequence[int]) -> "Cache": ...  # these rows, in this order; repeats are copies
+    def resized(self, capacity: int) -> "Cache": ...  # the same tokens with room for `capacity`
+
+
+class Past:
+    """What came before the T new tokens of one pass through the decoder: here, nothing.
+
+    positions  B T     where the new tokens stand
+    mask       what they may see, as `perception.attention.attend` takes it; None: causal
+    """
+
+    def __init__(self, positions: Tensor, mask: Tensor | None = None):
+        self.positions, self.mask = positions, mask
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """The keys and values of a layer, the new ones among them: B S kv_heads head_dim."""
+        return k, v
+
+
+class KVCache:
+    """Room for `capacity` tokens in each of `batch` rows, taken at once.
+
+    keys, values  depth x (B capacity kv_heads head_dim)
+    lengths       tokens kept, of each row
+
+    A pass through the decoder appends its T tokens to every row; `crop` takes back those that were padding.
+    """
+
+    def __init__(
+        self,
+        batch: int,
+        capacity: int,
+        *,
+        depth: int,
+        kv_heads: int,
+        head_dim: int,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        self.batch, self.capacity, self.lengths = batch, capacity, [0] * batch
+        shape = (batch, capacity, kv_heads, head_dim)
+        # zeros, not empty: a slot that is masked counts 0 times its value, and 0 times NaN is NaN
+        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(depth)]
+        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(depth)]
+
+    def past(self, new: int) -> "KVPast":
+        """Make `new` tokens part of every row; their keys and values follow layer by layer.
+
+        Raises LimitError when they do not fit.
+        """
+        past = KVPast(self, new)
+        self.lengths = [length + new for length in self.lengths]
+        return past
+
+    def crop(self, lengths: Sequence[int]) -> None:
+        """Forget all but the first `lengths[b]` tokens of each row b."""
+        if len(lengths) != self.batch or any(not 0 <= n <= m for n, m in zip(lengths, self.lengths, strict=True)):
+            raise ValueError(f"rows of {self.lengths} tokens cannot be cropped to {list(lengths)}")
+        self.lengths = list(lengths)
+
+    def select(self, rows: Sequence[int]) -> Self:
+        """These rows in this order, as a copy; a row named twice is there twice."""
+        return self._copy(list(rows), self.capacity)
+
+    def resized(self, capacity: int) -> Self:
+        """The same tokens with room for `capacity` a row."""
+        if capacity < max(self.lengths):
+            raise LimitError(f"{max(self.lengths)} tokens do not fit into a cache of {capacity}")
+        return self._copy(list(range(self.batch)), capacity)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(t.nbytes for t in self.keys + self.values)
+
+    def _copy(self, rows: list[int], capacity: int) -> Self:
+        kv_heads, head_dim = self.keys[0].shape[2:]
+        new = type(self)(
+            len(rows),
+            capacity,
+            depth=len(self.keys),
+            kv_heads=kv_heads,
+            head_dim=head_dim,
+            device=self.keys[0].device,
+            dtype=self.keys[0].dtype,
+        )
+        new.lengths = [self.lengths[row] for row in rows]
+        used = max(new.lengths, default=0)
+        for ours, theirs in zip(new.keys + new.values, self.keys + self.values, strict=True):
+            ours[:, :used] = theirs[rows, :used]
+        return new
+
+
+class KVPast(Past):
+    """The rows of a `KVCache` before, and with, the new tokens of one pass."""
+
+    def __init__(self, cache: KVCache, new: int):
+        starts, end = cache.lengths, max(cache.lengths, default=0) + new
+        if end > cache.capacity:
+            raise LimitError(f"{end} tokens do not fit into a cache of {cache.capacity}; make a larger one")
+        device = cache.keys[0].device
+        positions = torch.tensor(starts, device=device)[:, None] + torch.arange(new, device=device)  # B T
+        super().__init__(positions, None if len(set(starts)) == 1 else visible(positions, end))
+        self.cache, self.end, self.rows = cache, end, torch.arange(cache.batch, device=device)[:, None]
+
+    def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        keys, values = self.cache.keys[layer], self.cache.values[layer]
+        keys[self.rows, self.positions] = k.to(keys.dtype)
+        values[self.rows, self.positions] = v.to(values.dtype)
+        return keys[:, : self.end].to(k.dtype), values[:, : self.end].to(v.dtype)
+
+
+class Replay:
+    """For decoders that keep nothing: the embeddings so far, all of which run again at each step.
+
+    Slow and plain; also what cached decoding is tested against.
+    """
+
+    def __init__(self, batch: int):
+        self.lengths = [0] * batch
+        self.x: Tensor | None = None  # B S E
+
+    def extend(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """B T E -> all embeddings B S E, and where in S the new ones are, B T."""
+        B, T, E = x.shape
+        at = torch.tensor(self.lengths, device=x.device)[:, None] + torch.arange(T, device=x.device)  # B T
+        whole = x.new_zeros(B, max(self.lengths) + T, E)
+        if self.x is not None:
+            kept = max(self.lengths)
+            whole[:, :kept] = self.x[:, :kept]
+        whole[torch.arange(B, device=x.device)[:, None], at] = x
+        self.x, self.lengths = whole, [length + T for length in self.lengths]
+        return whole, at
+
+    def crop(self, lengths: Sequence[int]) -> None:
+        self.lengths = list(lengths)
+
+    def select(self, rows: Sequence[int]) -> "Replay":
+        new = Replay(len(rows))
+        new.lengths = [self.lengths[row] for row in rows]
+        new.x = None if self.x is None else self.x[list(rows)]
+        return new
+
+    def resized(self, capacity: int) -> "Replay":
+        return self
+
+
+def visible(positions: Tensor, end: int) -> Tensor:
+    """B 1 T S bool: a query at position p sees the slots 0 to p.  positions B T, S = end"""
+    return (torch.arange(end, device=positions.device) <= positions[..., None])[:, None]
