@@ -6,10 +6,12 @@ the same steps as one that never stopped.
 
 import json
 import logging
+import math
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
@@ -26,7 +28,8 @@ from perception_encoder.training.optim import warmup_stable_decay
 log = logging.getLogger(__name__)
 
 Losses = dict[str, Tensor]
-StepLoss = Callable[[torch.Generator], Losses]
+# One step's losses, or parts of its batch that are computed on their own and whose losses add up to the step's.
+StepLoss = Callable[[torch.Generator], Losses | list[Callable[[], Losses]]]
 STATE = "state.pt"
 
 
@@ -39,6 +42,7 @@ class LoopConfig:
     decay        last steps, over which it goes to zero
     clip         largest length of the gradient
     average      decay of the running average of the weights
+    workers      threads that share the parts of a batch, where the losses come in parts; the sum does not depend on it
     save_every   seconds between checkpoints
     log_every    steps between lines of the log
     """
@@ -48,6 +52,7 @@ class LoopConfig:
     decay: int = 0
     clip: float = 1.0
     average: float = 0.998
+    workers: int = 1
     seed: int = 0
     save_every: float = 120.0
     log_every: int = 20
@@ -75,6 +80,7 @@ class Loop:
         self.average = deepcopy(module).requires_grad_(False)
         self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self.step, self.seconds = 0, 0.0
+        self._threads: ThreadPoolExecutor | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
         sweep_temporaries(self.folder)
         if (self.folder / STATE).is_file():
@@ -97,6 +103,9 @@ class Loop:
                     self.save()
                     saved = time.monotonic()
         self.save()
+        if self._threads is not None:
+            self._threads.shutdown()
+            self._threads = None
         return self.step >= self.config.steps
 
     def advance(self) -> dict[str, float]:
@@ -108,10 +117,9 @@ class Loop:
                 group["lr"] = rate * factor
         self.module.train()
         losses = self.losses(torch.Generator().manual_seed(config.seed * 1_000_003 + self.step))
-        total = torch.stack(list(losses.values())).sum()
-        if not torch.isfinite(total):
-            raise FloatingPointError(f"the loss is {total.item()} at step {self.step}: {losses}")
-        total.backward()
+        values = self._backward(losses) if isinstance(losses, dict) else self._backward_parts(losses)
+        if not all(map(math.isfinite, values.values())):
+            raise FloatingPointError(f"the loss is not a number at step {self.step}: {values}")
         nn.utils.clip_grad_norm_(self.module.parameters(), config.clip)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -121,7 +129,40 @@ class Loop:
         with torch.no_grad():
             for mean, now in zip(self.average.parameters(), self.module.parameters(), strict=True):
                 mean.lerp_(now, 1 - keep)
-        return {name: round(loss.item(), 4) for name, loss in losses.items()}
+        return {name: round(value, 4) for name, value in values.items()}
+
+    @staticmethod
+    def _backward(losses: Losses) -> dict[str, float]:
+        torch.stack(list(losses.values())).sum().backward()
+        return {name: loss.item() for name, loss in losses.items()}
+
+    def _backward_parts(self, parts: list[Callable[[], Losses]]) -> dict[str, float]:
+        """Gradients of all parts, added in their order whichever thread made them first: the same bits every time.
+
+        Threads take the next part when they are free, so a core that is busy elsewhere slows only its own part down.
+        """
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+
+        def work(part: Callable[[], Losses]) -> tuple[dict[str, float], tuple[Tensor | None, ...]]:
+            losses = part()
+            total = torch.stack(list(losses.values())).sum()
+            gradients = torch.autograd.grad(total, parameters, allow_unused=True)
+            return {name: loss.item() for name, loss in losses.items()}, gradients
+
+        values: dict[str, float] = {}
+        for losses, gradients in self._pool().map(work, parts):
+            for name, value in losses.items():
+                values[name] = values.get(name, 0.0) + value
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is not None:
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        return values
+
+    def _pool(self) -> ThreadPoolExecutor:
+        if self._threads is None:
+            # One core a thread: the threads are the parallelism.
+            self._threads = ThreadPoolExecutor(self.config.workers, initializer=torch.set_num_threads, initargs=(1,))
+        return self._threads
 
     def save(self) -> None:
         state = {

@@ -7,7 +7,7 @@ Four stages:
     prepare  what the teachers say about every caption, word and drawing, once
     text     the text tower learns the sentence encoder's space, from captions and WordNet's nouns
     image    the vision tower finds each drawing's caption among all concepts', and the CNN's features; 48 pixels
-    joint    both towers, CLIP's loss on pairs, 64 pixels, the learning rate going to zero
+    joint    both towers, CLIP's loss within parts of a batch besides, 64 pixels, the learning rate going to zero
 
 Each stage continues where it was stopped. PE's architecture throughout: patches without overlap, class token, learned
 and rotary positions, attention pooling; CLIP's tokenizer. Two CPU cores take about an hour.
@@ -17,7 +17,9 @@ B batch  K concepts  M captions a concept  N drawings  C embedding width
 
 import argparse
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +37,7 @@ from perception_encoder.tokenizer import WORD_END, ClipTokenizer, vocabulary
 from perception_encoder.training.augment import Augment, plain
 from perception_encoder.training.captions import TEMPLATES, write_captions
 from perception_encoder.training.drawings import TRAIN_STYLES, Drawings, read_drawings, read_split
-from perception_encoder.training.loop import Loop, LoopConfig
+from perception_encoder.training.loop import Loop, LoopConfig, Losses
 from perception_encoder.training.losses import clip_loss, concept_loss, cosine_distillation, similarity_distillation
 from perception_encoder.training.optim import make_optimizers
 from perception_encoder.training.teachers import EfficientNetLite0, MiniLM
@@ -62,13 +64,16 @@ class NanoConfig:
     feature_width: int = 256
     captions: int = 12
     early_size: int = 48
-    text_steps: int = 1000
+    text_steps: int = 800
     text_batch: int = 384
     text_lr: float = 3e-3
-    image_steps: int = 1900
+    image_steps: int = 1300
     image_batch: int = 192
+    part: int = 24
+    workers: int = 2
     image_lr: float = 2e-3
-    joint_steps: int = 350
+    joint_steps: int = 250
+    joint_part: int = 48
     joint_lr: float = 1.5e-3
     seed: int = 0
 
@@ -205,21 +210,29 @@ def image_stage(config: NanoConfig, lessons: Lessons, clip: CLIP, out: Path) -> 
     student, augment = ImageStudent(clip, config.feature_width), Augment()
     whiten_patches(clip.vision, plain(lessons.pixels, config.image_size))
 
-    def losses(generator: torch.Generator) -> dict[str, Tensor]:
+    def losses(generator: torch.Generator) -> list[Callable[[], Losses]]:
         rows = torch.randperm(len(lessons.pixels), generator=generator)[: config.image_batch]
-        image = student.vision.pooled(augment(lessons.pixels[rows], config.early_size, generator))
         which = torch.randint(concepts.shape[1], (len(concepts), 1, 1), generator=generator)
         names = concepts.gather(1, which.expand(-1, 1, concepts.shape[2]))[:, 0]  # K C, one caption each
-        return {
-            "concept": concept_loss(image, names, lessons.concept[rows], student.logit_scale.exp().clamp(max=100), 0.1),
-            "features": 4 * cosine_distillation(student.features(image), lessons.features[rows]),
-        }
+
+        def part(some: Tensor, seed: int) -> Losses:
+            looks = augment(lessons.pixels[some], config.early_size, torch.Generator().manual_seed(seed))
+            image, share = student.vision.pooled(looks), len(some) / len(rows)
+            scale = student.logit_scale.exp().clamp(max=100)
+            return {
+                "concept": share * concept_loss(image, names, lessons.concept[some], scale, 0.1),
+                "features": share * 4 * cosine_distillation(student.features(image), lessons.features[some]),
+            }
+
+        parts = rows.split(config.part)
+        seeds = torch.randint(2**31, (len(parts),), generator=generator).tolist()
+        return [partial(part, some, seed) for some, seed in zip(parts, seeds, strict=True)]
 
     loop = Loop(
         student,
         make_optimizers(student, config.image_lr),
         losses,
-        LoopConfig(steps=config.image_steps, warmup=60, decay=0, seed=config.seed + 2),
+        LoopConfig(steps=config.image_steps, warmup=60, decay=0, seed=config.seed + 2, workers=config.workers),
         out / "image",
     )
     done = loop.run()
@@ -243,24 +256,31 @@ def joint_stage(config: NanoConfig, lessons: Lessons, clip: CLIP, out: Path) -> 
     concepts = embed_captions(clip.text, lessons.tokens)
     by_concept = [torch.nonzero(lessons.concept == k)[:, 0] for k in range(len(lessons.captions))]
 
-    def losses(generator: torch.Generator) -> dict[str, Tensor]:
+    def losses(generator: torch.Generator) -> list[Callable[[], Losses]]:
         k = torch.randperm(len(by_concept), generator=generator)[: config.image_batch]  # no concept twice
         rows = torch.stack([by_concept[i][torch.randint(len(by_concept[i]), (), generator=generator)] for i in k])
         m = torch.randint(config.captions, (len(k),), generator=generator)
         words = torch.randint(len(lessons.words), (len(k),), generator=generator)
-        image = student.vision.pooled(augment(lessons.pixels[rows], config.image_size, generator))
-        text = student.text(trim(lessons.tokens[k, m]))
-        other = student.text(trim(lessons.words[words]))
         which = torch.randint(concepts.shape[1], (len(concepts), 1, 1), generator=generator)
-        names = concepts.gather(1, which.expand(-1, 1, concepts.shape[2]))[:, 0]
-        scale = student.logit_scale.exp().clamp(max=100)
-        return {
-            "clip": 0.5 * clip_loss(image, text, scale),
-            "concept": concept_loss(image, names, k, scale, 0.1),
-            "features": 2 * cosine_distillation(student.features(image), lessons.features[rows]),
-            "text": 4 * cosine_distillation(text, lessons.wanted[k, m]),
-            "words": 4 * cosine_distillation(other, lessons.words_wanted[words]),
-        }
+        names = concepts.gather(1, which.expand(-1, 1, concepts.shape[2]))[:, 0]  # K C
+
+        def part(i: Tensor, seed: int) -> Losses:
+            looks = augment(lessons.pixels[rows[i]], config.image_size, torch.Generator().manual_seed(seed))
+            image, share = student.vision.pooled(looks), len(i) / len(k)
+            text = student.text(trim(lessons.tokens[k[i], m[i]]))
+            other = student.text(trim(lessons.words[words[i]]))
+            scale = student.logit_scale.exp().clamp(max=100)
+            return {
+                "clip": share * 0.5 * clip_loss(image, text, scale),
+                "concept": share * concept_loss(image, names, k[i], scale, 0.1),
+                "features": share * 2 * cosine_distillation(student.features(image), lessons.features[rows[i]]),
+                "text": share * 4 * cosine_distillation(text, lessons.wanted[k[i], m[i]]),
+                "words": share * 4 * cosine_distillation(other, lessons.words_wanted[words[i]]),
+            }
+
+        parts = torch.arange(len(k)).split(config.joint_part)
+        seeds = torch.randint(2**31, (len(parts),), generator=generator).tolist()
+        return [partial(part, i, seed) for i, seed in zip(parts, seeds, strict=True)]
 
     slow = make_optimizers(student.text, config.joint_lr / 5, weight_decay=0.01)
     fast = make_optimizers(_Without(student, "text"), config.joint_lr)
@@ -274,6 +294,7 @@ def joint_stage(config: NanoConfig, lessons: Lessons, clip: CLIP, out: Path) -> 
             decay=max(0, config.joint_steps - 10),
             seed=config.seed + 3,
             average=0.97,
+            workers=config.workers,
         ),
         out / "joint",
     )

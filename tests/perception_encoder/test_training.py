@@ -5,6 +5,7 @@ import math
 import os
 import signal
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -192,6 +193,33 @@ def test_a_stopped_run_continues_exactly(tmp_path: Path) -> None:
     assert losses[-1] < losses[0]
 
 
+def test_parts_of_a_batch_are_the_batch(tmp_path: Path) -> None:
+    whole = make_loop(tmp_path / "whole")
+
+    def parts(loop: Loop):  # type: ignore[no-untyped-def]
+        module = loop.module
+
+        def losses(generator: torch.Generator) -> list:  # type: ignore[type-arg]
+            x = torch.randn(8, 6, generator=generator)
+
+            def part(some: Tensor) -> dict[str, Tensor]:
+                return {"fit": (module["out"](module["blocks"](some).relu()) - some[:, :2]).square().sum() / 16}
+
+            return [partial(part, some) for some in x.split(3)]
+
+        return losses
+
+    one, three = make_loop(tmp_path / "one"), make_loop(tmp_path / "three", workers=3)
+    one.losses, three.losses = parts(one), parts(three)
+    for step in range(6):
+        values = whole.advance(), one.advance(), three.advance()
+        assert values[1] == values[2]
+        assert values[0]["fit"] == pytest.approx(values[1]["fit"], abs=1e-4), step
+    for key, value in weights(whole).items():
+        torch.testing.assert_close(weights(one)[key], value, atol=1e-5, rtol=1e-4)
+        assert torch.equal(weights(one)[key], weights(three)[key]), key
+
+
 def test_sigterm_saves_and_says_so(tmp_path: Path) -> None:
     loop = make_loop(tmp_path, steps=10_000)
     inner = loop.losses
@@ -320,7 +348,15 @@ def micro_config() -> NanoConfig:
         "text_width": 32,
         "text_depth": 1,
     }
-    steps = {"text_steps": 3, "image_steps": 3, "joint_steps": 3, "text_batch": 8, "image_batch": 4, "early_size": 16}
+    steps = {
+        "text_steps": 3,
+        "image_steps": 3,
+        "joint_steps": 3,
+        "text_batch": 8,
+        "image_batch": 4,
+        "early_size": 16,
+        "part": 3,
+    }
     return NanoConfig(**sizes, **steps, output_width=16, feature_width=8, captions=2)
 
 
