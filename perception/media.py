@@ -270,7 +270,7 @@ def _open_picture(file: BinaryIO, name: str) -> Image.Image:
         raise LimitError(f"{name}: {_first_line(error)}") from error
     except Exception as error:  # decoders meet hostile files with every exception there is
         unknown = isinstance(error, Image.UnidentifiedImageError) or kind not in PICTURES
-        detail = "" if unknown else f" ({_first_line(error)})"
+        detail = f" ({_first_line(error)})" if not unknown else ", cut short or damaged" if kind in PICTURES else ""
         raise MediaError(f"{name} cannot be read as a picture: it holds {kind}{detail}") from error
 
 

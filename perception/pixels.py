@@ -151,6 +151,11 @@ def normalize(codes: Tensor, mean: Sequence[float] = (0.5, 0.5, 0.5), std: Seque
     return codes.to(torch.float32).div_(255).sub_(shift).div_(scale)
 
 
+def check_on_error(on_error: str) -> None:
+    if on_error not in ("raise", "skip", "log"):
+        raise ConfigError(f"on_error={on_error!r}; choose from raise, skip, log")
+
+
 class LoadedBatch(NamedTuple):
     """Pictures read together.
 
@@ -166,22 +171,24 @@ class LoadedBatch(NamedTuple):
 
 def load_batch(
     sources: Iterable[object],
-    spec: PixelSpec,
+    spec: Callable[..., Tensor],
     *,
-    on_error: Literal["raise", "skip", "log"] = "raise",
+    on_error: str = "raise",
     orient: bool = True,
     workers: int | None = None,
+    first: int = 0,
 ) -> LoadedBatch:
     """Read pictures with a few threads, in order.
 
+    spec      a PixelSpec, or another preprocessing called as `spec(image, orient=orient)`
     on_error  "raise": the first bad picture raises, its position named; "skip": it is left out and listed in `errors`;
               "log": that, and a warning in the log
     workers   threads; a few by default, 1 for none
+    first     position of the first of them in a longer list, for messages
 
     Raises ConfigError for an unknown `on_error`, and with "raise" MediaError or LimitError.
     """
-    if on_error not in ("raise", "skip", "log"):
-        raise ConfigError(f"on_error={on_error!r}; expected 'raise', 'skip' or 'log'")
+    check_on_error(on_error)
     listed = list(sources)
     workers = min(8, os.cpu_count() or 1) if workers is None else workers
     if workers < 1:
@@ -189,7 +196,7 @@ def load_batch(
 
     def load(source: object) -> Tensor | MediaError | LimitError:
         try:
-            return spec(source, orient)
+            return spec(source, orient=orient)
         except (MediaError, LimitError) as error:
             return error
 
@@ -201,12 +208,13 @@ def load_batch(
             read.append(result)
             kept.append(index)
         elif on_error == "raise":
-            raise type(result)(f"picture {index} of {len(listed)}: {result}") from result
+            raise type(result)(f"picture {first + index}: {result}") from result
         else:
             errors.append((index, result))
             if on_error == "log":
-                log.warning("left out picture %d, %s: %s", index, describe(listed[index]), result)
-    pixels = torch.stack(read) if read else torch.empty(0, 3, spec.size, spec.size)
+                log.warning("left out picture %d, %s: %s", first + index, describe(listed[index]), result)
+    side = getattr(spec, "size", 0)
+    pixels = torch.stack(read) if read else torch.empty(0, 3, side, side)
     return LoadedBatch(pixels, tuple(kept), tuple(errors))
 
 

@@ -1,115 +1,90 @@
 """Pictures in, batches of pixels out: order kept, failures named, decoding ahead of the model."""
 
-import logging
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from perception.errors import MediaError, PerceptionError
-
-log = logging.getLogger(__name__)
-ON_ERROR = ("raise", "skip", "log")
+from perception.errors import ConfigError
+from perception.media import describe, iter_images
+from perception.pixels import LoadedBatch, check_on_error, load_batch
 
 
 class Failure(NamedTuple):
-    position: int  # in the batch it was part of
-    row: int  # in everything given
+    """A picture that was left out.
+
+    position  in its batch
+    row       in everything given
+    """
+
+    position: int
+    row: int
     source: str
     reason: str
 
 
 def as_list(images: Any) -> Sequence[Any]:
     """One picture or many to a sequence of pictures; a folder stands for the pictures in it."""
-    from perception.media import iter_images
-
     if isinstance(images, str | Path) and Path(images).is_dir():
         return list(iter_images(images))
-    if isinstance(images, str | Path | bytes) or hasattr(images, "convert"):  # a path, bytes, a PIL image
+    if is_one(images):
         return [images]
-    shape = getattr(images, "shape", None)
-    if shape is not None:
-        return [images] if len(shape) in (2, 3) else list(images)
     return images if isinstance(images, Sequence) else list(images)
+
+
+def is_one(images: Any) -> bool:
+    """Whether this is a picture, rather than several: a path, bytes, a PIL image, an array of up to three axes."""
+    if isinstance(images, str | Path):
+        return not Path(images).is_dir()
+    return isinstance(images, bytes) or hasattr(images, "convert") or 0 < len(getattr(images, "shape", ())) < 4
 
 
 def pixel_batches(
     images: Any,
-    preprocess: Callable[[Any], Tensor],
+    preprocess: Callable[..., Tensor],
     *,
     batch_size: int = 32,
     on_error: str = "raise",
-    workers: int = 2,
+    workers: int | None = None,
     progress: bool = False,
 ) -> Iterator[tuple[Tensor, list[Failure]]]:
     """Batches of pixels B 3 S S, in order, each with the failures among its pictures.
 
     images    one or many of whatever `preprocess` reads; a floating tensor B 3 S S is taken as prepared
-    on_error  "raise": the first picture that cannot be read stops everything, its index named; "skip" and "log" leave
-              it out, "log" says so
-    workers   threads that read and resize while the model works; at most two batches wait in memory
+    on_error  as in `load_batch`
+    workers   threads that read and resize; they work on the next batch while the model works on this one
 
-    Raises ValueError for settings that cannot be, MediaError with the index for a bad picture.
+    Raises ConfigError for settings that cannot be, MediaError or LimitError with its row for a bad picture.
     """
-    if on_error not in ON_ERROR:
-        raise ValueError(f"on_error={on_error!r}; choose from {', '.join(ON_ERROR)}")
+    check_on_error(on_error)
     if batch_size < 1:
-        raise ValueError(f"batch_size={batch_size}; give at least 1")
+        raise ConfigError(f"batch_size={batch_size}; give at least 1")
     if isinstance(images, Tensor) and images.is_floating_point():
         pixels = images if images.ndim == 4 else images[None]
         yield from ((chunk, []) for chunk in pixels.split(batch_size))
         return
     items = as_list(images)
-    with ThreadPoolExecutor(max(1, workers)) as pool, progress_bar(items, enabled=progress) as bar:
-        waiting: deque[tuple[int, Any, Future[Tensor]]] = deque()
-        source, done = iter(enumerate(items)), False
-        try:
-            while True:
-                while not done and len(waiting) < 2 * batch_size:
-                    try:
-                        index, item = next(source)
-                    except StopIteration:
-                        done = True
-                    else:
-                        waiting.append((index, item, pool.submit(preprocess, item)))
-                if not waiting:
-                    return
-                batch = [waiting.popleft() for _ in range(min(batch_size, len(waiting)))]
-                yield _collect(batch, on_error)
-                bar.update(len(batch))
-        finally:
-            for _, _, future in waiting:
-                future.cancel()
+
+    def load(start: int) -> LoadedBatch:
+        chunk = items[start : start + batch_size]
+        return load_batch(chunk, preprocess, on_error=on_error, workers=workers, first=start)
+
+    with ThreadPoolExecutor(1) as ahead, progress_bar(items, enabled=progress) as bar:
+        coming = ahead.submit(load, 0)
+        for start in range(0, len(items), batch_size):
+            batch = coming.result()
+            if start + batch_size < len(items):
+                coming = ahead.submit(load, start + batch_size)
+            failures = [Failure(at, start + at, describe(items[start + at]), str(why)) for at, why in batch.errors]
+            yield batch.pixels, failures
+            bar.update(len(batch.indices) + len(failures))
 
 
-def _collect(batch: list[tuple[int, Any, "Future[Tensor]"]], on_error: str) -> tuple[Tensor, list[Failure]]:
-    pixels, failures = [], []
-    for position, (index, item, future) in enumerate(batch):
-        try:
-            pixels.append(future.result())
-        except (PerceptionError, OSError) as error:
-            name = describe(item)
-            if on_error == "raise":
-                raise MediaError(f"picture {index} ({name}): {error}") from error
-            if on_error == "log":
-                log.warning("picture %d (%s) left out: %s", index, name, error)
-            failures.append(Failure(position, index, name, str(error)))
-    return torch.stack(pixels) if pixels else torch.empty(0, 3, 0, 0), failures
-
-
-def describe(item: Any) -> str:
-    """A picture's name for a message, with nothing in it that could disturb a terminal."""
-    text = str(item) if isinstance(item, str | Path) else type(item).__name__
-    return text.encode("unicode_escape", errors="backslashreplace").decode("ascii") if not text.isprintable() else text
-
-
-def progress_bar(items: Iterable[Any], *, enabled: bool, unit: str = "image", total: int | None = None) -> Any:
+def progress_bar(items: Any, *, enabled: bool) -> Any:
     """A tqdm bar on a terminal; silent elsewhere."""
     from tqdm import tqdm
 
-    total = len(items) if total is None and isinstance(items, Sized) else total
-    return tqdm(total=total, unit=unit, disable=None if enabled else True)
+    total = len(items) if isinstance(items, Sized) else None
+    return tqdm(total=total, unit="image", disable=None if enabled else True)

@@ -4,7 +4,6 @@ B pictures  h w patch grid  D width  M matches
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,7 +16,7 @@ from torch import Tensor
 from perception.errors import ConfigError
 from perception.media import read_image
 from perception_encoder.features import features
-from perception_encoder.images import as_list
+from perception_encoder.images import as_list, is_one
 
 
 def pca_image(
@@ -32,7 +31,7 @@ def pca_image(
 
     Raises ConfigError when there are fewer than 4 patches in all.
     """
-    one = _is_one(images)
+    one = is_one(images)
     grids = [features(tower, item, [layer], norm=norm, size=size)[0].patches[0] for item in as_list(images)]
     colours = pca_colours(torch.stack([grid.float().cpu() for grid in grids]))
     side = scale or tower.patch_size
@@ -142,12 +141,3 @@ def draw_matches(first: Any, second: Any, matches: Matches, *, most: int = 24) -
         for x, y in ((x1, y1), (x2, y2)):
             draw.ellipse([x - 3, y - 3, x + 3, y + 3], fill=colour)
     return canvas
-
-
-def _is_one(images: Any) -> bool:
-    if isinstance(images, str | Path):
-        return not Path(images).is_dir()
-    return (
-        not (isinstance(images, Sequence) and not isinstance(images, bytes))
-        and len(getattr(images, "shape", (0, 0))) < 4
-    )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from perception.errors import CheckpointError, ConfigError
 from perception.files import atomic_write
-from perception_encoder.images import Failure, as_list, pixel_batches, progress_bar
+from perception_encoder.images import Failure, pixel_batches
 
 
 @torch.inference_mode()
@@ -29,7 +29,7 @@ def embed(
     progress: bool = False,
     on_error: str = "raise",
     failures: list[Failure] | None = None,
-    workers: int = 2,
+    workers: int | None = None,
 ) -> Tensor:
     """One vector a picture, in the order given: N C float32 on the CPU.
 
@@ -38,18 +38,16 @@ def embed(
     normalize  vectors of length 1, so that a dot product is a cosine
     on_error   "raise" names the picture; "skip" and "log" leave it out, and `failures`, where given, learns which
     """
-    items = images if isinstance(images, Tensor) else as_list(images)
     rows = []
-    with progress_bar(items, enabled=progress) as bar:
-        for pixels, failed in pixel_batches(
-            items, model.preprocess, batch_size=batch_size, on_error=on_error, workers=workers
-        ):
-            if len(pixels):
-                x = embed_pixels(model, pixels).float()
-                rows.append((F.normalize(x, dim=-1) if normalize else x).cpu())
-            if failures is not None:
-                failures += failed
-            bar.update(len(pixels) + len(failed))
+    batches = pixel_batches(
+        images, model.preprocess, batch_size=batch_size, on_error=on_error, workers=workers, progress=progress
+    )
+    for pixels, failed in batches:
+        if len(pixels):
+            x = embed_pixels(model, pixels).float()
+            rows.append((F.normalize(x, dim=-1) if normalize else x).cpu())
+        if failures is not None:
+            failures += failed
     return torch.cat(rows) if rows else torch.empty(0, embedding_width(model))
 
 

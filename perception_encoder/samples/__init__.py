@@ -1,4 +1,4 @@
-"""Drawings, photographs and clips that may be shown, changed and passed on; ASSETS.md and CREDITS.md say whose they are."""
+"""Drawings, photographs and clips to show, change and pass on; ASSETS.md and CREDITS.md say whose they are."""
 
 from pathlib import Path
 

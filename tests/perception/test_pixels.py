@@ -203,7 +203,7 @@ def test_one_bad_picture_among_64(caplog: pytest.LogCaptureFixture) -> None:  # 
     wanted = torch.stack([spec(image) for i, image in enumerate(images) if i != 17])
     images[17] = b"<html>not found</html>"
 
-    with pytest.raises(MediaError, match=r"picture 17 of 64: .*an HTML page"):
+    with pytest.raises(MediaError, match=r"picture 17: .*an HTML page"):
         spec.batch(images)
     for workers in (1, 4):
         skipped = load_batch(images, spec, on_error="skip", workers=workers)
@@ -222,10 +222,10 @@ def test_batches_at_the_edges() -> None:
     assert load_batch([b"", b""], spec, on_error="skip").pixels.shape == (0, 3, 8, 8)
     assert torch.equal(spec.batch(picture(seed=i) for i in range(3))[2], spec(picture(seed=2)))
     with pytest.raises(ConfigError, match="on_error"):
-        load_batch([], spec, on_error="ignore")  # type: ignore[arg-type]
+        load_batch([], spec, on_error="ignore")
     with pytest.raises(ConfigError, match="workers"):
         load_batch([], spec, workers=0)
-    with pytest.raises(LimitError, match="picture 0 of 1"):
+    with pytest.raises(LimitError, match="picture 0: "):
         spec.batch([Image.new("1", (10000, 10000))])
 
 

@@ -26,7 +26,7 @@ TIMM = {
 def oracle(name: str) -> ModuleType:
     try:
         return __import__(name)
-    except Exception as error:  # noqa: BLE001  a torchvision that does not fit torch raises RuntimeError
+    except Exception as error:
         pytest.skip(f"{name} cannot be imported here: {error}")
 
 
@@ -161,6 +161,6 @@ def test_f02_torchvision_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(importlib, "import_module", broken)
     for load in (lambda: load_timm("vit_tiny_patch16_224"), lambda: load_open_clip("ViT-B-32", "openai")):
         with pytest.raises(
-            MissingExtra, match="torchvision release that matches torch.*pip install 'perception-vision"
+            MissingExtra, match=r"torchvision release that matches torch.*pip install 'perception-vision"
         ):
             load()

@@ -10,7 +10,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import perception_encoder as pe
-from perception.errors import MediaError
+from perception.errors import ConfigError, MediaError
 from perception_encoder.zero_shot import classifier_weights
 
 
@@ -52,7 +52,7 @@ def test_predict(clip: pe.CLIP, tmp_path: Path) -> None:
 def test_labels_from_a_file(clip: pe.CLIP, tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text("\ufeffcat\n\n  dog \n", "utf-8")
     assert pe.ZeroShotClassifier(clip, tmp_path / "labels.txt").labels == ["cat", "dog"]
-    with pytest.raises(ValueError, match="there is no file 'nowhere.txt'"):
+    with pytest.raises(ValueError, match=r"there is no file 'nowhere\.txt'"):
         pe.ZeroShotClassifier(clip, "nowhere.txt")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xfa")
     with pytest.raises(MediaError, match="not UTF-8"):
@@ -89,7 +89,7 @@ def test_f52_one_bad_picture_of_many(clip: pe.CLIP, tmp_path: Path) -> None:
     (tmp_path / "bad.png").write_bytes(b"<html>no picture</html>")
     images = [good] * 40 + [tmp_path / "bad.png"] + [good] * 23
     classifier = pe.ZeroShotClassifier(clip, ["a", "b"], "{}")
-    with pytest.raises(MediaError, match=r"picture 40 \(.*bad.png\)"):
+    with pytest.raises(MediaError, match=r"picture 40: .*bad\.png"):
         classifier.predict(images)
     rows = classifier.predict(images, on_error="skip", batch_size=16)
     assert len(rows) == 64
@@ -97,6 +97,8 @@ def test_f52_one_bad_picture_of_many(clip: pe.CLIP, tmp_path: Path) -> None:
     failures: list = []
     vectors = pe.embed(clip, images, on_error="skip", batch_size=16, failures=failures)
     assert vectors.shape == (63, 12)
-    assert [(f.index, Path(f.source).name) for f in failures] == [(40, "bad.png")]
-    with pytest.raises(ValueError, match="on_error='ignore'; choose from raise, skip, log"):
+    assert [f.row for f in failures] == [40]
+    assert "bad.png" in failures[0].source
+    assert "an HTML page" in failures[0].reason
+    with pytest.raises(ConfigError, match="on_error='ignore'; choose from raise, skip, log"):
         pe.embed(clip, images, on_error="ignore")
