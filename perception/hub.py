@@ -1,6 +1,7 @@
 """A reference to weights becomes a path on this machine: a local file or folder, or a download from the model hub."""
 
 import errno
+import json
 import os
 import re
 from collections.abc import Sequence
@@ -118,63 +119,88 @@ def _from_hub(hub_id: HubId, names: Sequence[str], offline: bool, sha256: str | 
         if not _is_plain(name):
             raise ConfigError(f"{name!r} is no file name in a repository")
     try:
-        try:
-            path = _fetch(hub_id, names, local=True)
-        except (OSError, LookupError):
-            if offline:
-                raise
-            path = _fetch(hub_id, names, local=False)
+        path = _cached(hub_id, names)
+        if path is None and offline:
+            raise CheckpointError(_not_here(hub_id, names, "the hub is off (HF_HUB_OFFLINE or offline=True)"))
+        path = path or _fetch(hub_id, names)
         if sha256 and (found := sha256_of(path)) != sha256:
             if offline:
                 raise CheckpointError(f"{path} has sha256 {found}, published is {sha256}; fetch it again online")
-            path = _fetch(hub_id, [path.name], local=False, force_download=True)
+            path = _fetch(hub_id, [path.name], force_download=True)
             if (found := sha256_of(path)) != sha256:
                 raise CheckpointError(f"{hub_id.repo}:{path.name} has sha256 {found}, published is {sha256}; not used")
         return path
     except CheckpointError:
         raise
     except Exception as error:  # the hub's client, its HTTP library and the disk each have their own
-        raise CheckpointError(_explain(error, hub_id, names, offline)) from error
+        raise CheckpointError(_explain(error, hub_id, names)) from error
 
 
-def _fetch(hub_id: HubId, names: Sequence[str], *, local: bool, **options: Any) -> Path:
-    """The first of the named files, or the folder of a snapshot when none is named."""
+def _cached(hub_id: HubId, names: Sequence[str]) -> Path | None:
+    """What the cache holds of it. The client's `local_files_only` is not used: even so it may call home."""
+    from huggingface_hub import try_to_load_from_cache
+
+    for name in names or (CONFIG,):
+        path = try_to_load_from_cache(hub_id.repo, name, revision=hub_id.revision)
+        if isinstance(path, str):
+            if names:
+                return Path(path)
+            return Path(path).parent if _is_whole(Path(path).parent) else None
+    return None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a snapshot has all of its weights, and not only the files somebody once asked for."""
+    if (folder / INDEX).exists():
+        shards = json.loads((folder / INDEX).read_bytes()).get("weight_map", {}).values()
+        return all((folder / str(shard)).exists() for shard in shards)
+    return (folder / WEIGHTS).exists()
+
+
+def _fetch(hub_id: HubId, names: Sequence[str], **options: Any) -> Path:
+    """Download the first of the named files that is there, or a snapshot's folder when none is named."""
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
-    options.update(repo_id=hub_id.repo, revision=hub_id.revision, local_files_only=local)
+    options.update(repo_id=hub_id.repo, revision=hub_id.revision)
     if not names:
-        folder = Path(huggingface_hub.snapshot_download(**options, allow_patterns=list(SNAPSHOT)))
-        if local and not ((folder / CONFIG).exists() and any((folder / name).exists() for name in (WEIGHTS, INDEX))):
-            raise LocalEntryNotFoundError(f"only a part of {hub_id.repo} is in the cache")
-        return folder
+        return Path(huggingface_hub.snapshot_download(**options, allow_patterns=list(SNAPSHOT)))
     for name in names:
         try:
             return Path(huggingface_hub.hf_hub_download(**options, filename=name))
         except EntryNotFoundError as error:
             # An unreachable hub says nothing about which files there are: only a real absence tries the next name.
-            if name == names[-1] or (isinstance(error, LocalEntryNotFoundError) and not local):
+            if name == names[-1] or isinstance(error, LocalEntryNotFoundError):
                 raise
     raise LookupError(names)  # not reached: the last name returns or raises
 
 
-def _explain(error: Exception, hub_id: HubId, names: Sequence[str], offline: bool) -> str:
+def _wanted(hub_id: HubId, names: Sequence[str] = ()) -> str:
+    what = f"{hub_id.repo}{'@' + hub_id.revision if hub_id.revision else ''}"
+    return f"{what}:{' or '.join(names)}" if names else what
+
+
+def _not_here(hub_id: HubId, names: Sequence[str], why: str) -> str:
+    from huggingface_hub import constants
+
+    hint = f"`perception download {hub_id.repo}` fetches it where there is a network"
+    return f"{_wanted(hub_id, names)} is not in the cache {constants.HF_HUB_CACHE}, and {why}; {hint}"
+
+
+def _explain(error: Exception, hub_id: HubId, names: Sequence[str]) -> str:
     from huggingface_hub import constants, errors
 
-    cache = constants.HF_HUB_CACHE
-    what = f"{hub_id.repo}{'@' + hub_id.revision if hub_id.revision else ''}"
-    wanted = f"{what}:{' or '.join(names)}" if names else what
-    hint = f"`perception download {hub_id.repo}` fetches it where there is a network"
+    cache, what, wanted = constants.HF_HUB_CACHE, _wanted(hub_id), _wanted(hub_id, names)
     if isinstance(error, errors.GatedRepoError):
         return f"{what} is gated: accept its terms at {hub_id.url}, then run `hf auth login`"
     if isinstance(error, errors.RepositoryNotFoundError):
         return f"the hub has no repository {what}, or it is private: look at {hub_id.url}, then run `hf auth login`"
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{hub_id.repo} has no revision {hub_id.revision!r}; see {hub_id.url}/tree/main"
-    if isinstance(error, errors.LocalEntryNotFoundError | errors.OfflineModeIsEnabled):
-        off = offline or isinstance(error, errors.OfflineModeIsEnabled)
-        why = "the hub is off (HF_HUB_OFFLINE or offline=True)" if off else "the hub cannot be reached"
-        return f"{wanted} is not in the cache {cache}, and {why}; {hint}"
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return _not_here(hub_id, names, "HF_HUB_OFFLINE is set")
+    if isinstance(error, errors.LocalEntryNotFoundError):
+        return _not_here(hub_id, names, "the hub cannot be reached")
     if isinstance(error, errors.EntryNotFoundError):
         return f"{what} has no file {' or '.join(names)}; see {hub_id.url}/tree/{hub_id.revision or 'main'}"
     if isinstance(error, OSError) and error.errno is not None:
