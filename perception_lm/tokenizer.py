@@ -67,7 +67,7 @@ class LlamaTokenizer:
         self.special = dict(special)
         self._names = {id: name for name, id in reversed(self.special.items())}
         self.source, self.filename = source, filename
-        self.vocab = 1 + max(max(pieces, default=-1), max(self.special.values()))
+        self.vocab = 1 + max((*pieces, *self.special.values()))
         self.bos, self.eot, self.end_of_text = special[BOS], special[EOT], special[END]
         self.pad = self.end_of_text
         self.stop_ids = frozenset((self.end_of_text, self.eot))
@@ -167,9 +167,8 @@ def read_ranks(data: bytes, name: str = "the tokenizer") -> dict[bytes, int]:
     if not (lines := data.split()) or len(lines) % 2:
         raise CheckpointError(f"{name} is no tokenizer: it holds {sniff(data[:HEAD])}")
     try:
-        ranks = {
-            base64.b64decode(token, validate=True): int(rank) for token, rank in zip(*[iter(lines)] * 2, strict=True)
-        }
+        pairs = zip(lines[::2], lines[1::2], strict=True)
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
     except (binascii.Error, ValueError) as error:
         raise CheckpointError(f"{name} is no tokenizer: it holds {sniff(data[:HEAD])} ({error})") from error
     if sorted(ranks.values()) != list(range(len(lines) // 2)) or len(ranks) != len(lines) // 2:
