@@ -26,7 +26,7 @@ class Cache(Protocol):
 
     def crop(self, lengths: Sequence[int]) -> None: ...  # forget what comes after
     def select(self, rows: Sequence[int]) -> "Cache": ...  # these rows, in this order; repeats are copies
-    def resized(self, capacity: int) -> "Cache": ...  # the same tokens with room for `capacity`
+    def resized(self, capacity: int) -> "Cache": ...  # the same tokens with room for `capacity`; may be itself
 
 
 class Past:
@@ -90,10 +90,8 @@ class KVCache:
         return self._copy(list(rows), self.capacity)
 
     def resized(self, capacity: int) -> Self:
-        """The same tokens with room for `capacity` a row."""
-        if capacity < max(self.lengths):
-            raise LimitError(f"{max(self.lengths)} tokens do not fit into a cache of {capacity}")
-        return self._copy(list(range(self.batch)), capacity)
+        """The same tokens with room for `capacity` a row; itself when there is."""
+        return self if capacity <= self.capacity else self._copy(list(range(self.batch)), capacity)
 
     @property
     def nbytes(self) -> int:
