@@ -214,7 +214,8 @@ def _tokenizers(content: dict[str, Any], name: str) -> Callable[[str], list[int]
 def _special(added: Mapping[str, int], name: str) -> dict[str, int]:
     """Names to ids: the file's own, or, of a stock Llama 3 tokenizer, Perception LM's for the same places."""
     if IMAGE in added:
-        return {**added, VIDEO: added.get(VIDEO, added.get(ALIASES[VIDEO], added[IMAGE]))}
+        video = added.get(VIDEO, added.get(ALIASES[VIDEO], added[IMAGE]))
+        return {**added, VIDEO: video, ALIASES[VIDEO]: added.get(ALIASES[VIDEO], video)}
     first = added.get(BOS, -1)
     places = {special: first + i for i, special in enumerate(SPECIAL)}
     same = (BOS, END, START_HEADER, END_HEADER, EOT)
