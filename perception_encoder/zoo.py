@@ -212,7 +212,7 @@ def _find(name: str) -> tuple[str, Entry, Weights]:
         folder = _packaged()[name]
         saved = FolderConfig.from_dict(read_config(folder), folder / CONFIG)
         parameters = _count(saved)
-        weights = Weights("native", f"{PACKAGE}weights/{name}", (), saved.kind)
+        weights = Weights("native", f"{PACKAGE}{_WEIGHTS_FOLDER.name}/{name}", (), saved.kind)
         return name, Entry(config=saved.model, pixels=saved.pixels, weights=(weights,), parameters=parameters), weights
     if (hub_id := name.removeprefix("hf://")) in (known := _hub_ids()):
         name, weights = known[hub_id]
@@ -369,7 +369,7 @@ def _resolve(
 
 def _locate_weights(weights: Weights, revision: str | None, offline: bool | None) -> Path:
     if weights.where.startswith(PACKAGE):
-        return Path(__file__).parent / weights.where.removeprefix(PACKAGE)
+        return _WEIGHTS_FOLDER.parent / weights.where.removeprefix(PACKAGE)
     return locate(weights.where, revision=revision, offline=offline, filename=weights.files)
 
 
