@@ -330,14 +330,19 @@ def _size(source: Any, orient: bool) -> tuple[int, int]:
     if isinstance(source, str | os.PathLike | bytes | bytearray | memoryview):
         try:
             with open_media(source) as file, Image.open(file, formats=_known_formats()) as image:
-                # Only a quarter turn swaps the sides.
-                turned = orient and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-                return (image.height, image.width) if turned else image.size
+                return (image.height, image.width) if orient and _on_its_side(image) else image.size
         except PerceptionError:
             raise
         except Exception:  # whatever it is, `read_image` says it better
             pass
     return read_image(source, orient=orient).size
+
+
+def _on_its_side(image: Image.Image) -> bool:
+    """Whether EXIF asks for a quarter turn, as far as the header tells: Pillow turns a TIFF itself, and would decode a
+    PNG to look for EXIF behind the pixels."""
+    known = "exif" in image.info and image.format != "TIFF"
+    return known and image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
 
 
 def _known_formats() -> list[str]:
