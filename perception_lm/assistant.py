@@ -309,11 +309,14 @@ class Chat:
     def ask(self, question: str, *media: Any, media_type: MediaType = "auto", **options: Any) -> str:
         return "".join(self.stream(question, *media, media_type=media_type, **options))
 
-    def stream(self, question: str, *media: Any, media_type: MediaType = "auto", **options: Any) -> Iterator[Words]:
+    def stream(
+        self, question: str | Message, *media: Any, media_type: MediaType = "auto", **options: Any
+    ) -> Iterator[Words]:
         """The next answer as it is written. A question that cannot be asked leaves the conversation as it was; an
         answer that is left early stays as far as it came."""
-        message = Message("user", question_about(list(media), question, media_type)[0].parts)
-        messages = [*self.messages, message]
+        if not isinstance(question, Message):
+            (question,) = question_about(list(media), question, media_type)
+        messages = [*self.messages, question]
         pieces = self.assistant.stream(messages, reuse=self.session, **{**self.options, **options})
         return self._listen(pieces, messages)
 
