@@ -67,7 +67,7 @@ class Entry:
 
 MODELS: Registry[Entry] = Registry("language model")
 
-# --- The published models: Cho et al. 2025 (arXiv:2504.13180), https://huggingface.co/facebook/Perception-LM-8B ----------
+# --- The published models: Cho et al. 2025 (arXiv:2504.13180), https://huggingface.co/facebook/Perception-LM-8B -----
 
 _SCALING = RopeScaling(factor=32.0, low_freq_factor=1.0, high_freq_factor=4.0, original_context=8192)
 _1B = DecoderConfig(
