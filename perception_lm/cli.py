@@ -253,7 +253,7 @@ def estimate(
 
     def text() -> str:
         about = "" if tokenizer is not None else "about "
-        rows = [[name, f"{size / 2**30:.2f} GiB"] for name, size in {**needed, "total": memory.total}.items()]
+        rows = [[name, _size(size)] for name, size in {**needed, "total": memory.total}.items()]
         verdict = "fits" if fits else "DOES NOT FIT; lower --max-tiles or --frames"
         head = f"{about}{found.tokens} tokens ({found.slots} of media) and {max_new_tokens} of an answer, of "
         return f"{head}{config.media.context}: {verdict}\n\n{table(rows, ['memory', dtype])}"
@@ -311,6 +311,10 @@ def _processor(config: Any, tokenizer: Any) -> Any:
     with torch.device("meta"):
         slots = build_projector(config.projector).tokens(grid, grid)
     return Processor(tokenizer or rough, config.media, slots)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.2f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"
 
 
 def _say(pieces: Iterable[Any]) -> int:

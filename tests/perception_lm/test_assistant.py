@@ -309,14 +309,14 @@ def test_describing_a_region(assistant: Assistant, said: Callable, sideways: Pat
 
 
 LOCALIZE = (
-    "Given the region marked by the red rectangle in the video, please provide the start and end frame of when 'the dog "
-    "runs' happens. Use the format [start, end] where start and end are frame numbers between 0 and 31 in this 32 frame "
-    "video."
+    "Given the region marked by the red rectangle in the video, please provide the start and end frame of when "
+    "'the dog runs' happens. Use the format [start, end] where start and end are frame numbers between 0 and 31 in "
+    "this 32 frame video."
 )
 DENSE = (
-    "Create a dense caption of the subject's actions within the red rectangles, including action frames ids and brief "
-    "descriptions. For each item use the format [start, end]: [description] separated by a newline, where start and end "
-    "are frame numbers between 0 and 31 in this 32 frame video."
+    "Create a dense caption of the subject's actions within the red rectangles, including action frames ids and "
+    "brief descriptions. For each item use the format [start, end]: [description] separated by a newline, where "
+    "start and end are frame numbers between 0 and 31 in this 32 frame video."
 )
 TRACK = (
     "Give a detailed description of the events occurring in the region marked by the red rectangle within frames "
