@@ -17,6 +17,7 @@ B batch  K concepts  M captions a concept  N drawings  C embedding width
 
 import argparse
 import logging
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -51,7 +52,11 @@ NAME = "PE-Core-nano"
 
 @dataclass(frozen=True, kw_only=True)
 class NanoConfig:
-    """The run: sizes of the model, steps of each stage."""
+    """The run: sizes of the model, steps of each stage.
+
+    image_batches  from which step on the image stage takes how many drawings; the shipped run was made smaller on the
+                   way, when its machine became busy
+    """
 
     image_size: int = 64
     patch_size: int = 8
@@ -67,12 +72,13 @@ class NanoConfig:
     text_steps: int = 800
     text_batch: int = 384
     text_lr: float = 3e-3
-    image_steps: int = 1300
-    image_batch: int = 192
+    image_steps: int = 3000
+    image_batches: tuple[tuple[int, int], ...] = ((0, 192), (295, 96))
+    joint_batch: int = 96
     part: int = 24
     workers: int = 2
     image_lr: float = 2e-3
-    joint_steps: int = 250
+    joint_steps: int = 420
     joint_part: int = 48
     joint_lr: float = 1.5e-3
     seed: int = 0
@@ -211,7 +217,8 @@ def image_stage(config: NanoConfig, lessons: Lessons, clip: CLIP, out: Path) -> 
     whiten_patches(clip.vision, plain(lessons.pixels, config.image_size))
 
     def losses(generator: torch.Generator) -> list[Callable[[], Losses]]:
-        rows = torch.randperm(len(lessons.pixels), generator=generator)[: config.image_batch]
+        batch = [size for first, size in config.image_batches if first <= loop.step][-1]
+        rows = torch.randperm(len(lessons.pixels), generator=generator)[:batch]
         which = torch.randint(concepts.shape[1], (len(concepts), 1, 1), generator=generator)
         names = concepts.gather(1, which.expand(-1, 1, concepts.shape[2]))[:, 0]  # K C, one caption each
 
@@ -230,7 +237,7 @@ def image_stage(config: NanoConfig, lessons: Lessons, clip: CLIP, out: Path) -> 
 
     loop = Loop(
         student,
-        make_optimizers(student, config.image_lr),
+        make_optimizers(student, config.image_lr, workers=config.workers),
         losses,
         LoopConfig(steps=config.image_steps, warmup=60, decay=0, seed=config.seed + 2, workers=config.workers),
         out / "image",
@@ -257,7 +264,7 @@ def joint_stage(config: NanoConfig, lessons: Lessons, clip: CLIP, out: Path) -> 
     by_concept = [torch.nonzero(lessons.concept == k)[:, 0] for k in range(len(lessons.captions))]
 
     def losses(generator: torch.Generator) -> list[Callable[[], Losses]]:
-        k = torch.randperm(len(by_concept), generator=generator)[: config.image_batch]  # no concept twice
+        k = torch.randperm(len(by_concept), generator=generator)[: config.joint_batch]  # no concept twice
         rows = torch.stack([by_concept[i][torch.randint(len(by_concept[i]), (), generator=generator)] for i in k])
         m = torch.randint(config.captions, (len(k),), generator=generator)
         words = torch.randint(len(lessons.words), (len(k),), generator=generator)
@@ -283,7 +290,7 @@ def joint_stage(config: NanoConfig, lessons: Lessons, clip: CLIP, out: Path) -> 
         return [partial(part, i, seed) for i, seed in zip(parts, seeds, strict=True)]
 
     slow = make_optimizers(student.text, config.joint_lr / 5, weight_decay=0.01)
-    fast = make_optimizers(_Without(student, "text"), config.joint_lr)
+    fast = make_optimizers(_Without(student, "text"), config.joint_lr, workers=config.workers)
     loop = Loop(
         student,
         [*fast, *slow],
@@ -317,7 +324,7 @@ def train(
             log.info("stopped in stage %s; the same command continues", name)
             return None
     with torch.no_grad():
-        clip.logit_scale.clamp_(max=float(np.log(100)))
+        clip.logit_scale.clamp_(max=math.log(100))
     return clip.eval()
 
 

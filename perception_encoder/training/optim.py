@@ -1,6 +1,7 @@
 """Optimizers and the learning rate over time."""
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -15,27 +16,44 @@ class Muon(torch.optim.Optimizer):
 
     lr            the step's RMS is 0.2 * lr whatever the shape, so AdamW's rates fit (Liu et al. 2025, section 2.2)
     weight_decay  as in AdamW
+    workers       threads that share the matrices, one core each; the result does not depend on it
     """
 
-    def __init__(self, params: Iterable[Any], lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0):
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float = 1e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        *,
+        workers: int = 1,
+    ):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.workers = workers
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         loss = closure() if closure is not None else None
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                state["momentum"].lerp_(p.grad, 1 - group["momentum"])
-                ahead = p.grad.lerp(state["momentum"], group["momentum"])
-                parts = 3 if p.shape[0] == 3 * p.shape[1] else 1
-                step = torch.cat([orthogonal(part) * max(part.shape) ** 0.5 for part in ahead.chunk(parts)])
-                p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step, alpha=0.2 * group["lr"])
+        work = [(p, group) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        if self.workers == 1:
+            for p, group in work:
+                self._update(p, group)
+        else:
+            with ThreadPoolExecutor(self.workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                list(pool.map(lambda one: self._update(*one), work))
         return loss
+
+    @torch.no_grad()
+    def _update(self, p: Tensor, group: dict[str, Any]) -> None:
+        assert p.grad is not None
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        state["momentum"].lerp_(p.grad, 1 - group["momentum"])
+        ahead = p.grad.lerp(state["momentum"], group["momentum"])
+        parts = 3 if p.shape[0] == 3 * p.shape[1] else 1
+        step = torch.cat([orthogonal(part) * max(part.shape) ** 0.5 for part in ahead.chunk(parts)])
+        p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(step, alpha=0.2 * group["lr"])
 
 
 def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
@@ -48,8 +66,10 @@ def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
     return x if matrix.shape[0] <= matrix.shape[1] else x.T
 
 
-def make_optimizers(module: nn.Module, lr: float, weight_decay: float = 0.05) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of `blocks`, AdamW for all else; vectors are not decayed."""
+def make_optimizers(
+    module: nn.Module, lr: float, weight_decay: float = 0.05, *, matrix_lr: float | None = None, workers: int = 1
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of `blocks` (at `matrix_lr`, or `lr`), AdamW for all else; vectors are not decayed."""
     matrices: list[nn.Parameter] = []
     tables: list[nn.Parameter] = []
     vectors: list[nn.Parameter] = []
@@ -62,7 +82,7 @@ def make_optimizers(module: nn.Module, lr: float, weight_decay: float = 0.05) ->
             (matrices if "blocks." in name and parameter.ndim == 2 else tables).append(parameter)
     groups = [{"params": tables, "weight_decay": weight_decay}, {"params": vectors, "weight_decay": 0.0}]
     return [
-        Muon(matrices, lr=lr, weight_decay=weight_decay),
+        Muon(matrices, lr=lr if matrix_lr is None else matrix_lr, weight_decay=weight_decay, workers=workers),
         torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=(0.9, 0.98), fused=True),
     ]
 

@@ -353,7 +353,7 @@ def micro_config() -> NanoConfig:
         "image_steps": 3,
         "joint_steps": 3,
         "text_batch": 8,
-        "image_batch": 4,
+        "joint_batch": 4,
         "early_size": 16,
         "part": 3,
     }
