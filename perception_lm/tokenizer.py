@@ -100,6 +100,12 @@ class LlamaTokenizer:
         return cls(pieces, _tiktoken(ranks), special, source=data, filename=FILES[0])
 
     @classmethod
+    def of_bytes(cls) -> "LlamaTokenizer":
+        """256 ids, one a byte, and the special ones: for small models of one's own, where there is no file."""
+        lines = (base64.b64encode(bytes([byte])) + b" %d" % byte for byte in range(256))
+        return cls.from_bytes(b"\n".join(lines))
+
+    @classmethod
     def _from_json(cls, data: bytes, name: str) -> "LlamaTokenizer":
         try:
             content = json.loads(data)

@@ -222,6 +222,13 @@ def test_nowhere(tmp_path: Path) -> None:
         LlamaTokenizer.from_file(tmp_path / "tokenizer.model")
 
 
+def test_bytes_alone() -> None:
+    tokenizer = LlamaTokenizer.of_bytes()
+    assert (tokenizer.vocab, tokenizer.image_token) == (512, 258)
+    assert tokenizer.encode("hé") == list("hé".encode())
+    assert tokenizer.decode([104, 195, 169]) == "hé"
+
+
 def test_ranks() -> None:
     ranks = read_ranks(MODEL.read_bytes())
     assert len(ranks) == GOLDEN["n_base"]
