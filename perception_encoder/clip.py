@@ -27,7 +27,10 @@ class CLIP(nn.Module):
 
     preprocess   the pixels these weights expect: `clip.preprocess(image)` -> 3 S S
     tokenize     the ids these weights expect: `clip.tokenize(["a cat"])` -> B n
+    source       what `load_clip` was given, None for a model that was built here; an index remembers it
     """
+
+    source: str | None = None
 
     def __init__(
         self,

@@ -174,28 +174,29 @@ def load_timm(
 
 def load_open_clip(
     name: str,
-    tag: str | None = None,
     *,
     pretrained: bool = True,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
 ) -> OpenClipEncoder:
-    """The image tower of `open_clip.create_model(name, pretrained=tag)`, in evaluation mode."""
-    model, preprocess = _open_clip(name, tag, pretrained)
+    """The image tower of an open_clip model, in evaluation mode.
+
+    name        "NAME:TAG", "local-dir:FOLDER" or "hf-hub:OWNER/NAME", as open_clip has them
+    pretrained  False: "NAME" with random weights, nothing is downloaded
+    """
+    model, preprocess, _ = _open_clip(name, pretrained)
     return _placed(OpenClipEncoder(model.visual, preprocess), device, dtype)
 
 
 def load_open_clip_pair(
     name: str,
-    tag: str | None = None,
     *,
     pretrained: bool = True,
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
 ) -> OpenClip:
-    """Both towers of `open_clip.create_model(name, pretrained=tag)`, its preprocessing and its tokenizer."""
-    model, preprocess = _open_clip(name, tag, pretrained)
-    return _placed(OpenClip(model, preprocess, _import("open_clip").get_tokenizer(name)), device, dtype)
+    """Both towers of an open_clip model, its preprocessing and its tokenizer; named as in `load_open_clip`."""
+    return _placed(OpenClip(*_open_clip(name, pretrained)), device, dtype)
 
 
 def timm_preprocess(model: nn.Module) -> ForeignPreprocess:
@@ -204,18 +205,23 @@ def timm_preprocess(model: nn.Module) -> ForeignPreprocess:
     return ForeignPreprocess(data.create_transform(**data.resolve_model_data_config(model), is_training=False))
 
 
-def _open_clip(name: str, tag: str | None, pretrained: bool) -> tuple[nn.Module, ForeignPreprocess]:
+def _open_clip(text: str, pretrained: bool) -> tuple[nn.Module, ForeignPreprocess, Callable[[Any], Tensor]]:
     open_clip = _import("open_clip")
-    known = open_clip.list_pretrained_tags_by_model(name)
-    if pretrained and tag is None:
-        raise ConfigError(f"open_clip/{name} needs a tag: write open_clip/{name}:TAG, with TAG one of {known}")
+    if text.startswith(("local-dir:", "hf-hub:")):  # these carry their weights with them
+        name, tag, known = text, None, []
+    else:
+        name, _, tag = text.partition(":")
+        known = open_clip.list_pretrained_tags_by_model(name)
+        if pretrained and not tag:
+            raise ConfigError(f"open_clip/{name} needs a tag: write open_clip/{name}:TAG, with TAG one of {known}")
     try:
         model, _, transform = open_clip.create_model_and_transforms(name, pretrained=tag if pretrained else None)
+        tokenizer = open_clip.get_tokenizer(name)
     except RuntimeError as error:
         raise ConfigError(f"open_clip has no {name!r} with tag {tag!r} (tags: {known}): {error}") from error
     except (OSError, ValueError) as error:
-        raise CheckpointError(_download_failed("open_clip", f"{name}:{tag}", error)) from error
-    return model, ForeignPreprocess(transform)
+        raise CheckpointError(_download_failed("open_clip", text, error)) from error
+    return model, ForeignPreprocess(transform), tokenizer
 
 
 def _placed(model: Any, device: str | torch.device, dtype: str | torch.dtype) -> Any:

@@ -26,8 +26,11 @@ class VisionTransformer(nn.Module):
     pixels  B 3 H W; H and W any multiple of the patch size
 
     Raises ConfigError for other sizes: it names the nearest good one. `preprocess` makes the pixels these weights
-    expect; it is the published one (squash to `image_size`, bilinear, [-1, 1]) unless another is handed in.
+    expect; it is the published one (squash to `image_size`, bilinear, [-1, 1]) unless another is handed in. `source` is
+    what `load_encoder` was given.
     """
+
+    source: str | None = None
 
     def __init__(self, config: VisionConfig, preprocess: PixelSpec | None = None):
         super().__init__()

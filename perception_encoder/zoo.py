@@ -245,6 +245,7 @@ def load_clip(
     strict: bool = True,
     check_finite: bool = False,
     offline: bool | None = None,
+    pretrained: bool = True,
 ) -> CLIP:
     """A pretrained pair of towers, in evaluation mode.
 
@@ -256,6 +257,7 @@ def load_clip(
     strict        False: parameters a file lacks keep their random start, with a warning that carries the report
     check_finite  refuse NaN and infinity anywhere, instead of warning about those a quick look finds
     offline       True: no network. None: as HF_HUB_OFFLINE says
+    pretrained    False: the architecture a name stands for with random weights; nothing is read or downloaded
 
     Raises LookupError for an unknown name, ConfigError for a config that cannot be, CheckpointError for weights that
     are missing, damaged or another model's.
@@ -263,12 +265,14 @@ def load_clip(
     if isinstance(name_or_path, str) and name_or_path.startswith("open_clip/"):
         from perception_encoder.interop import load_open_clip_pair
 
-        name, _, tag = name_or_path.removeprefix("open_clip/").partition(":")
-        return cast(CLIP, load_open_clip_pair(name, tag or None, device=device, dtype=dtype))
+        name = name_or_path.removeprefix("open_clip/")
+        return cast(CLIP, load_open_clip_pair(name, pretrained=pretrained, device=device, dtype=dtype))
     if isinstance(name_or_path, str) and name_or_path.startswith("timm/") and not _is_published(name_or_path):
         raise ConfigError(f"{name_or_path}: timm has no text tower; use load_encoder, or ./timm/... for a path")
+    if not pretrained:
+        return cast(CLIP, _untrained(str(name_or_path), "clip", device, dtype))
     found = _resolve(name_or_path, "clip", config, revision, offline)
-    return cast(CLIP, _load(found, device, dtype, strict, check_finite))
+    return cast(CLIP, _load(found, name_or_path, device, dtype, strict, check_finite))
 
 
 def load_encoder(
@@ -281,6 +285,7 @@ def load_encoder(
     strict: bool = True,
     check_finite: bool = False,
     offline: bool | None = None,
+    pretrained: bool = True,
 ) -> VisionEncoder:
     """A pretrained vision tower, in evaluation mode. Of a CLIP model: its vision tower, with the pooling head.
 
@@ -293,10 +298,13 @@ def load_encoder(
     The other arguments and the errors are those of `load_clip`.
     """
     if isinstance(name_or_path, str) and (foreign := _foreign(name_or_path)):
-        return foreign(device=device, dtype=dtype)
+        options = {} if pretrained else {"pretrained": False}
+        return foreign(device=device, dtype=dtype, **options)
+    if not pretrained:
+        return cast(VisionEncoder, _untrained(str(name_or_path), "tower", device, dtype))
     vision = config.vision if isinstance(config, ClipConfig) else config
     found = _resolve(name_or_path, "tower", vision, revision, offline)
-    return cast(VisionEncoder, _load(found, device, dtype, strict, check_finite))
+    return cast(VisionEncoder, _load(found, name_or_path, device, dtype, strict, check_finite))
 
 
 @dataclass(frozen=True)
@@ -316,8 +324,7 @@ def _foreign(name: str) -> Callable[..., VisionEncoder] | None:
     if name.startswith("open_clip/"):
         from perception_encoder.interop import load_open_clip
 
-        model, _, tag = name.removeprefix("open_clip/").partition(":")
-        return lambda **options: load_open_clip(model, tag or None, **options)
+        return lambda **options: load_open_clip(name.removeprefix("open_clip/"), **options)
     if name in _registered() and name not in MODELS:
         (point,) = [point for point in entry_points(group=ENTRY_POINTS) if point.name == name][:1]
         return cast(Callable[..., VisionEncoder], point.load())
@@ -391,8 +398,22 @@ def _builder(saved: FolderConfig) -> Callable[[], nn.Module]:
     return build
 
 
+def _untrained(name: str, kind: Kind, device: str | torch.device, dtype: str | torch.dtype) -> nn.Module:
+    _, entry, _ = _find(name)
+    if kind == "clip" and entry.text is None:
+        raise ConfigError(f"{name} has no text tower; use load_encoder")
+    saved = FolderConfig(vision=entry.vision, text=entry.text if kind == "clip" else None, pixels=entry.pixels)
+    where = pick_device(device)
+    return _builder(saved)().to(where, pick_dtype(dtype, where)).eval()
+
+
 def _load(
-    found: _Found, device: str | torch.device, dtype: str | torch.dtype, strict: bool, check_finite: bool
+    found: _Found,
+    source: str | Path,
+    device: str | torch.device,
+    dtype: str | torch.dtype,
+    strict: bool,
+    check_finite: bool,
 ) -> nn.Module:
     checkpoint, kind, where = found.checkpoint, found.saved.kind, pick_device(device)
     model, _ = load_into(
@@ -403,6 +424,7 @@ def _load(
         strict=strict,
         check_finite=check_finite,
     )
+    model.source = str(source)
     return model.eval()
 
 

@@ -9,6 +9,7 @@ from types import ModuleType
 import pytest
 import torch
 from golden_models import relative
+from PIL import Image
 from safetensors.torch import save_file
 
 import perception_encoder as pe
@@ -92,8 +93,6 @@ def test_equals_open_clip(open_clip: ModuleType, tmp_path: Path, name: str) -> N
 
 @torch.inference_mode()
 def test_any_timm_vit_is_an_encoder(timm: ModuleType, tmp_path: Path) -> None:
-    from PIL import Image
-
     tower = load_timm("vit_tiny_patch16_224", pretrained=False, device="cpu")
     assert isinstance(tower, TimmEncoder)
     assert isinstance(tower, pe.VisionEncoder)
@@ -139,8 +138,6 @@ def test_any_open_clip_tower_is_an_encoder(open_clip: ModuleType, name: str) -> 
 
 @torch.inference_mode()
 def test_open_clip_pair_in_our_classifier(open_clip: ModuleType) -> None:
-    from PIL import Image
-
     from perception_encoder.interop import load_open_clip_pair
 
     clip = load_open_clip_pair("ViT-B-32", pretrained=False, device="cpu")
@@ -151,6 +148,37 @@ def test_open_clip_pair_in_our_classifier(open_clip: ModuleType) -> None:
     assert pe.embed(clip, [picture, picture]).shape == (2, 512)
 
 
+@torch.inference_mode()
+def test_names_of_foreign_folders(timm: ModuleType, open_clip: ModuleType, tmp_path: Path) -> None:
+    """`timm/local-dir:...` and `open_clip/local-dir:...` load weights, with the preprocessing that lies beside them."""
+    config = pe.ClipConfig(
+        vision=pe.zoo.MODELS.get("PE-Core-T16-384").vision,
+        text=pe.TextConfig(context=32, width=64, depth=1, heads=2, output_width=512),
+    )
+    torch.manual_seed(0)
+    clip = perturb(pe.CLIP(pe.VisionTransformer(config.vision), pe.TextTransformer(config.text)))
+    pe.zoo.export(clip, tmp_path / "pair", "open_clip")
+    pe.zoo.export(clip.vision, tmp_path / "tower", "timm")
+    pixels, tokens = torch.randn(1, 3, 384, 384), clip.tokenize(["a cat"])
+    pair = pe.load_clip(f"open_clip/local-dir:{tmp_path / 'pair'}", device="cpu")
+    assert relative(pair.encode_text(tokens), clip.encode_text(tokens)) < 1e-5
+    for name in (f"open_clip/local-dir:{tmp_path / 'pair'}", f"timm/local-dir:{tmp_path / 'tower'}"):
+        tower = pe.load_encoder(name, device="cpu")
+        assert relative(tower(pixels).patches, clip.vision(pixels).patches) < 1e-5
+        red = Image.new("RGB", (90, 70), (250, 20, 20))
+        torch.testing.assert_close(tower.preprocess(red), clip.preprocess(red))
+
+
+def test_untrained_architectures(timm: ModuleType) -> None:
+    tower = pe.load_encoder("timm/vit_tiny_patch16_224", pretrained=False, device="cpu")
+    assert isinstance(tower, TimmEncoder)
+    ours = pe.load_encoder("PE-Spatial-T16-512", pretrained=False, device="cpu")
+    assert ours.config == pe.zoo.MODELS.get("PE-Spatial-T16-512").vision
+    assert not ours.training
+    with pytest.raises(ConfigError, match="PE-Spatial-T16-512 has no text tower"):
+        pe.load_clip("PE-Spatial-T16-512", pretrained=False)
+
+
 def test_f02_torchvision_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None:
     """timm and open_clip then raise RuntimeError at import; ours says what to install."""
     import importlib
@@ -159,7 +187,7 @@ def test_f02_torchvision_that_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError("operator torchvision::nms does not exist")
 
     monkeypatch.setattr(importlib, "import_module", broken)
-    for load in (lambda: load_timm("vit_tiny_patch16_224"), lambda: load_open_clip("ViT-B-32", "openai")):
+    for load in (lambda: load_timm("vit_tiny_patch16_224"), lambda: load_open_clip("ViT-B-32:openai")):
         with pytest.raises(
             MissingExtra, match=r"torchvision release that matches torch.*pip install 'perception-vision"
         ):
