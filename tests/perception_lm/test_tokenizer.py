@@ -18,6 +18,7 @@ from perception_lm.tokenizer import (
     EOT,
     IMAGE,
     MAX_RUN,
+    PIECES,
     SPECIAL,
     START_HEADER,
     VIDEO,
@@ -130,6 +131,15 @@ def test_digits_go_in_threes() -> None:
     assert [TIKTOKEN.decode([i]) for i in TIKTOKEN.encode("[040,482]")] == ["[", "040", ",", "482", "]"]
     assert TIKTOKEN.encode("[040, 482]") != TIKTOKEN.encode("[040,482]")
     assert next(TIKTOKEN.decode([i]) for i in TIKTOKEN.encode("1234567")) == "123"
+
+
+def test_where_text_is_cut() -> None:
+    """The tiny vocabulary cannot tell all of it: contractions in either case, one line break after punctuation."""
+    import regex
+
+    cut = regex.findall(PIECES, "we'REx it'sx 12345a  b?\n\nc \n d   ")
+    wanted = ["we", "'RE", "x", " it", "'s", "x", " ", "123", "45", "a", " ", " b", "?\n\n", "c", " \n", " d", "   "]
+    assert cut == wanted
 
 
 def test_long_runs_are_cut_as_published() -> None:
