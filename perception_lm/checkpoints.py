@@ -6,6 +6,7 @@ and its files hold the rows of the query and key matrices in that other order. T
 E decoder width
 """
 
+import hashlib
 import json
 import os
 import re
@@ -453,16 +454,13 @@ def save(
         if tokenizer is not None:
             data["tokenizer"] = _save_tokenizer(folder, tokenizer)
         save_folder(folder, state, data)
-        if tokenizer is not None:
-            for path in folder.glob("tokenizer*"):
-                if re.fullmatch(r"tokenizer(-[0-9a-f]{12})?\.(model|json)", path.name):
-                    path.unlink() if path.name != data["tokenizer"]["file"] else None
 
 
 def _save_tokenizer(folder: Path, tokenizer: LlamaTokenizer) -> dict[str, str]:
-    """Beside the old one, if that is another: until the config changes, the folder is the old model."""
-    import hashlib
+    """Beside the old one, if that is another: until the config changes, the folder is the old model.
 
+    Nor is the old one removed after that: another process may be saving a model that names it.
+    """
     sha256 = hashlib.sha256(tokenizer.source).hexdigest()
     path = folder / tokenizer.filename
     if path.is_file() and sha256_of(path) != sha256:

@@ -69,7 +69,7 @@ def decoder_linears(model: nn.Module) -> dict[str, nn.Linear]:
         if not isinstance(blocks, nn.Module):
             return {}
     wanted = {id(m) for m in blocks.modules() if isinstance(m, nn.Linear)} - left_out
-    return {name: module for name, module in model.named_modules() if id(module) in wanted}  # type: ignore[misc]
+    return {name: module for name, module in model.named_modules() if id(module) in wanted}
 
 
 def quantized_layers(model: nn.Module) -> list[str]:
