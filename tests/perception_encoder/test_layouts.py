@@ -165,6 +165,7 @@ def test_an_exported_reference_file_is_the_published_one(golden: Path, tmp_path:
     theirs = torch.load(golden / "clip" / "clip.pt", weights_only=True)
     assert set(ours) == set(theirs)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert all(tensor.is_contiguous() for tensor in ours.values())
     assert (tmp_path / "w.pt").stat().st_size < 1.1 * (golden / "clip" / "clip.pt").stat().st_size
 
 

@@ -262,8 +262,8 @@ def test_loads_to_a_gpu_in_the_stored_dtype(tiny: CLIP, tmp_path: Path) -> None:
     [
         ("timm/vit_pe_core_base_patch16_224", ("load_timm", ("vit_pe_core_base_patch16_224",))),
         ("timm/vit_tiny_patch16_224.augreg_in21k", ("load_timm", ("vit_tiny_patch16_224.augreg_in21k",))),
-        ("open_clip/ViT-B-32:openai", ("load_open_clip", ("ViT-B-32", "openai"))),
-        ("open_clip/ViT-B-32", ("load_open_clip", ("ViT-B-32", None))),
+        ("open_clip/ViT-B-32:openai", ("load_open_clip", ("ViT-B-32:openai",))),
+        ("open_clip/local-dir:folder", ("load_open_clip", ("local-dir:folder",))),
     ],
 )
 def test_foreign_names_go_to_their_library(name: str, expected: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -276,7 +276,7 @@ def test_foreign_names_go_to_their_library(name: str, expected: tuple, monkeypat
 
 def test_foreign_clip_models(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(interop, "load_open_clip_pair", lambda *args, **options: args)
-    assert load_clip("open_clip/ViT-B-32:openai") == ("ViT-B-32", "openai")
+    assert load_clip("open_clip/ViT-B-32:openai") == ("ViT-B-32:openai",)
     with pytest.raises(ConfigError, match="no text tower"):
         load_clip("timm/vit_tiny_patch16_224")
 
