@@ -126,9 +126,7 @@ class Assistant:
             conversations, tiling=tiling, max_tiles=max_tiles, frames=frames, start=start, end=end, fps=fps
         )
         context = self.processor.media.context
-        return generation.generate(
-            self.model, batch, self.tokenizer.decode, config, context=context, reuse=reuse, cancel=cancel
-        )
+        return generation.generate(self.model, batch, self._read, config, context=context, reuse=reuse, cancel=cancel)
 
     def stream(
         self,
@@ -155,9 +153,7 @@ class Assistant:
             raise RequestError("a stream is one answer to one conversation; generate() gives many")
         batch = self.processor(talks, tiling=tiling, max_tiles=max_tiles, frames=frames, start=start, end=end, fps=fps)
         context = self.processor.media.context
-        pieces = generation.stream(
-            self.model, batch, self.tokenizer.decode, config, context=context, reuse=reuse, cancel=cancel
-        )
+        pieces = generation.stream(self.model, batch, self._read, config, context=context, reuse=reuse, cancel=cancel)
         return _words(pieces)
 
     def score(
@@ -274,6 +270,10 @@ class Assistant:
         if strange := sorted(set(settings) - set(known)):
             raise TypeError(f"unknown options {strange}; generation has {', '.join(sorted(known))}")
         return generation.GenerationConfig(**{"stop_tokens": self.tokenizer.stop_ids, **settings})
+
+    def _read(self, ids: Sequence[int]) -> str:
+        """The text of an answer. A decoder may have more rows than the tokenizer has ids; those say nothing."""
+        return self.tokenizer.decode(id for id in ids if id < self.tokenizer.vocab)
 
     def _about(self, part: Part, question: str, options: dict[str, Any]) -> str:
         """An answer to a question of ours, in which what a user filled in is no mark."""

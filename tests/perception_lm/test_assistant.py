@@ -13,14 +13,18 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+import perception_encoder as pe
 from perception.errors import ConfigError, LimitError, MediaError, RequestError
+from perception.pixels import PixelSpec
 from perception_encoder import samples
 from perception_lm import assistant as assistants
 from perception_lm import generation, zoo
 from perception_lm.assistant import Assistant, Words, media_part, question_about
 from perception_lm.chat import Clip, Picture
+from perception_lm.config import DecoderConfig
 from perception_lm.generation import Reply
 from perception_lm.regions import Box, Moment
+from perception_lm.tokenizer import LlamaTokenizer
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "plm"
 FIRST, SECOND = GOLDEN / "A" / "image1.png", GOLDEN / "A" / "image2.png"
@@ -426,6 +430,19 @@ def test_saved_and_loaded_it_says_the_same(assistant: Assistant, format: Any, tm
     wanted = assistant.ask(FIRST, "What?", max_new_tokens=8)
     assert again.ask(FIRST, "What?", max_new_tokens=8) == wanted
     assert again.processor.media.tile == assistant.processor.media.tile
+
+
+def test_a_decoder_with_more_rows_than_ids() -> None:
+    """Vocabularies are padded to round numbers; an id of the padding is no text, and no error."""
+    words, spec = LlamaTokenizer.of_bytes(), PixelSpec(size=16, interpolation="bicubic")
+    small = pe.VisionConfig(image_size=16, patch_size=4, width=16, depth=1, heads=2, mlp_width=16, pool=None)
+    llama = DecoderConfig(width=16, depth=1, heads=2, kv_heads=1, mlp_width=16, vocab=words.vocab + 64)
+    tower = pe.VisionTransformer(small, spec)
+    composed = zoo.compose(encoder=tower, decoder=llama, tokenizer=words, device="cpu")
+    settings = {"max_new_tokens": 64, "temperature": 5.0, "stop_tokens": ()}
+    (reply,) = composed.generate([user(image(FIRST), "a")], max_tiles=1, seed=1, **settings)
+    assert max(reply.tokens) >= words.vocab
+    assert reply.text == words.decode([id for id in reply.tokens if id < words.vocab])
 
 
 def test_it_says_what_it_is(assistant: Assistant) -> None:
