@@ -1,23 +1,24 @@
 """The public names. Changing this list is a visible act."""
 
 import inspect
+from types import ModuleType
+
+import pytest
 
 import perception_encoder as pe
+import perception_lm as plm
 
-NAMES = [
-    "CLIP", "ClipConfig", "Features", "Index", "Prediction", "TextConfig", "TextTransformer", "VisionConfig",
-    "VisionEncoder", "VisionTransformer", "ZeroShotClassifier", "correspond", "embed", "features", "list_models", "load_clip",
-    "load_encoder", "pca_image", "save",
-]  # fmt: skip
-
-
-def test_names() -> None:
-    assert sorted(pe.__all__) == sorted(NAMES)
-    assert all(hasattr(pe, name) for name in NAMES)
+ENCODER = """CLIP ClipConfig Features Index Prediction TextConfig TextTransformer VisionConfig VisionEncoder
+VisionTransformer ZeroShotClassifier correspond embed features list_models load_clip load_encoder pca_image save"""
+LANGUAGE = """Assistant Batch Box Decoder DecoderConfig LlamaTokenizer MediaConfig PerceptionLM PixelShuffleProjector
+PlmConfig PoolingProjector Processor ProjectorConfig compose list_models load"""
+NAMES = {pe: ENCODER, plm: LANGUAGE}
 
 
-def test_every_public_name_explains_itself() -> None:
-    undocumented = [name for name in NAMES if not inspect.getdoc(getattr(pe, name))]
+@pytest.mark.parametrize("package", NAMES, ids=lambda package: package.__name__)
+def test_names(package: ModuleType) -> None:
+    assert sorted(package.__all__) == sorted(NAMES[package].split())
+    undocumented = [name for name in package.__all__ if not inspect.getdoc(getattr(package, name))]
     assert not undocumented
 
 

@@ -1,11 +1,15 @@
 """The README says what is true: its first program runs as pasted, its tables are the models'."""
 
+import os
 import re
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import perception_encoder as pe
 from perception_encoder.zoo import describe
@@ -23,6 +27,40 @@ def test_five_lines_run_as_pasted(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     assert "Prediction(label='a pizza'" in done.stdout
+
+
+COMMANDS = re.findall(r"^perception (?:generate|ground|estimate|export|chat) .*$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=lambda command: " ".join(command.split()[1:6:4]))
+def test_language_model_commands_run_as_written(command: str, golden: Path, tmp_path: Path) -> None:
+    """On the tiny golden checkpoint in the place of the published ones, which cannot be downloaded here."""
+    picture = golden / "plm" / "A" / "image1.png"
+    for name in ("chart.png", "street.jpg"):
+        with Image.open(picture) as image:
+            image.convert("RGB").save(tmp_path / name)
+    shutil.copy(ROOT / "perception_encoder" / "samples" / "clips" / "bunny.mp4", tmp_path / "clip.mp4")
+    words = shlex.split(command)
+    words = [str(golden / "plm" / "A" / "original") if word.startswith("facebook/") else word for word in words]
+    done = subprocess.run(
+        [sys.executable, "-m", "perception.cli", *words[1:]],
+        input="/image chart.png\nWhat is this?\n/exit\n",
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        timeout=240,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    if "--out" in words:
+        assert (tmp_path / words[words.index("--out") + 1]).is_file()
+    if words[1] == "export":
+        assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_there_are_commands_of_every_verb() -> None:
+    assert {command.split()[1] for command in COMMANDS} == {"generate", "ground", "estimate", "export", "chat"}
 
 
 def test_shapes_are_the_models() -> None:
