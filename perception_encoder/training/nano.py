@@ -72,14 +72,14 @@ class NanoConfig:
     text_steps: int = 800
     text_batch: int = 384
     text_lr: float = 3e-3
-    image_steps: int = 3000
+    image_steps: int = 1220
     image_batches: tuple[tuple[int, int], ...] = ((0, 192), (295, 96))
-    joint_batch: int = 96
+    joint_batch: int = 144
     part: int = 24
     workers: int = 2
     image_lr: float = 2e-3
-    joint_steps: int = 420
-    joint_part: int = 48
+    joint_steps: int = 125
+    joint_part: int = 36
     joint_lr: float = 1.5e-3
     seed: int = 0
 
@@ -289,6 +289,7 @@ def joint_stage(config: NanoConfig, lessons: Lessons, clip: CLIP, out: Path) -> 
         seeds = torch.randint(2**31, (len(parts),), generator=generator).tolist()
         return [partial(part, i, seed) for i, seed in zip(parts, seeds, strict=True)]
 
+    student.text.token_embed.requires_grad_(False)  # words that drawings do not have must not drift from those they do
     slow = make_optimizers(student.text, config.joint_lr / 5, weight_decay=0.01)
     fast = make_optimizers(_Without(student, "text"), config.joint_lr, workers=config.workers)
     loop = Loop(
@@ -307,6 +308,7 @@ def joint_stage(config: NanoConfig, lessons: Lessons, clip: CLIP, out: Path) -> 
     )
     done = loop.run()
     student.load_state_dict(loop.average.state_dict())
+    student.requires_grad_(True)
     return done
 
 
