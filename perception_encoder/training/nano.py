@@ -10,7 +10,7 @@ Four stages:
     joint    both towers, CLIP's loss within parts of a batch besides, 64 pixels, the learning rate going to zero
 
 Each stage continues where it was stopped. PE's architecture throughout: patches without overlap, class token, learned
-and rotary positions, attention pooling; CLIP's tokenizer. Two CPU cores take about an hour.
+and rotary positions, attention pooling; CLIP's tokenizer. Two CPU cores take about an hour, the teachers included.
 
 B batch  K concepts  M captions a concept  N drawings  C embedding width
 """
