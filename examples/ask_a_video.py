@@ -3,23 +3,20 @@
 import sys
 
 import perception_encoder as pe
+import perception_lm as plm
 from perception.pixels import PixelSpec
 from perception_encoder import samples
-from perception_lm.assistant import Assistant
-from perception_lm.config import DecoderConfig
-from perception_lm.tokenizer import LlamaTokenizer
-from perception_lm.zoo import compose, load
 
 
-def random_model() -> Assistant:
+def random_model() -> plm.Assistant:
     """A model that knows nothing, to show the way without a download."""
-    words, spec = LlamaTokenizer.of_bytes(), PixelSpec(size=32, interpolation="bicubic")
+    words, spec = plm.LlamaTokenizer.of_bytes(), PixelSpec(size=32, interpolation="bicubic")
     small = pe.VisionConfig(image_size=32, patch_size=8, width=32, depth=1, heads=2, mlp_width=64, pool=None)
-    llama = DecoderConfig(width=64, depth=2, heads=4, kv_heads=2, mlp_width=128, vocab=words.vocab)
-    return compose(encoder=pe.VisionTransformer(small, spec), decoder=llama, tokenizer=words)
+    llama = plm.DecoderConfig(width=64, depth=2, heads=4, kv_heads=2, mlp_width=128, vocab=words.vocab)
+    return plm.compose(encoder=pe.VisionTransformer(small, spec), decoder=llama, tokenizer=words)
 
 
-assistant = load(sys.argv[1]) if len(sys.argv) > 1 else random_model()
+assistant = plm.load(sys.argv[1]) if len(sys.argv) > 1 else random_model()
 clip = samples.clips()["bunny"]
 question = {"type": "text", "text": "What is happening in the video?"}
 messages = [{"role": "user", "content": [{"type": "video", "video": clip, "start": 1.0, "end": 4.0}, question]}]

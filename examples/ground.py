@@ -4,24 +4,21 @@ import sys
 from pathlib import Path
 
 import perception_encoder as pe
+import perception_lm as plm
 from perception.pixels import PixelSpec
 from perception_encoder import samples
-from perception_lm.assistant import Assistant
-from perception_lm.config import DecoderConfig
-from perception_lm.regions import Box, draw_boxes, parse_boxes
-from perception_lm.tokenizer import LlamaTokenizer
-from perception_lm.zoo import compose, load
+from perception_lm.regions import draw_boxes, parse_boxes
 
 
-def random_model() -> Assistant:
+def random_model() -> plm.Assistant:
     """A model that knows nothing, to show the way without a download."""
-    words, spec = LlamaTokenizer.of_bytes(), PixelSpec(size=32, interpolation="bicubic")
+    words, spec = plm.LlamaTokenizer.of_bytes(), PixelSpec(size=32, interpolation="bicubic")
     small = pe.VisionConfig(image_size=32, patch_size=8, width=32, depth=1, heads=2, mlp_width=64, pool=None)
-    llama = DecoderConfig(width=64, depth=2, heads=4, kv_heads=2, mlp_width=128, vocab=words.vocab)
-    return compose(encoder=pe.VisionTransformer(small, spec), decoder=llama, tokenizer=words)
+    llama = plm.DecoderConfig(width=64, depth=2, heads=4, kv_heads=2, mlp_width=128, vocab=words.vocab)
+    return plm.compose(encoder=pe.VisionTransformer(small, spec), decoder=llama, tokenizer=words)
 
 
-assistant = load(sys.argv[1]) if len(sys.argv) > 1 else random_model()
+assistant = plm.load(sys.argv[1]) if len(sys.argv) > 1 else random_model()
 out = Path(sys.argv[2] if len(sys.argv) > 2 else "demo")
 out.mkdir(parents=True, exist_ok=True)
 
@@ -30,7 +27,7 @@ boxes = assistant.ground(photo, "the cup of coffee", max_new_tokens=32)
 print("the answer names", boxes or "no box")
 
 # Boxes are thousandths of the picture, as text; here is one by hand.
-cup = Box(160, 80, 440, 340, label="cup")
+cup = plm.Box(160, 80, 440, 340, label="cup")
 text = cup.encode(width=600, height=400)
 print(text, "is", parse_boxes(text, width=600, height=400)[0].xyxy, "in 600 x 400")
 draw_boxes(photo, [*boxes, cup]).save(out / "coffee_boxes.png")

@@ -4,10 +4,9 @@ import torch
 from torch import Tensor, nn
 
 import perception_encoder as pe
+import perception_lm as plm
 from perception.pixels import PixelSpec
 from perception_encoder import samples
-from perception_lm.tokenizer import LlamaTokenizer
-from perception_lm.zoo import compose
 
 
 class Recurrent(nn.Module):
@@ -26,10 +25,10 @@ class Recurrent(nn.Module):
         return self.gru(x)[0] @ self.table.weight.T
 
 
-words, spec = LlamaTokenizer.of_bytes(), PixelSpec(size=32, interpolation="bicubic")
+words, spec = plm.LlamaTokenizer.of_bytes(), PixelSpec(size=32, interpolation="bicubic")
 small = pe.VisionConfig(image_size=32, patch_size=8, width=32, depth=1, heads=2, mlp_width=64, pool=None)
 torch.manual_seed(0)
-assistant = compose(encoder=pe.VisionTransformer(small, spec), decoder=Recurrent(words.vocab), tokenizer=words)
+assistant = plm.compose(encoder=pe.VisionTransformer(small, spec), decoder=Recurrent(words.vocab), tokenizer=words)
 
 photo = samples.photos()["chelsea"]
 messages = [{"role": "user", "content": [{"type": "image", "image": photo}, {"type": "text", "text": "What is this?"}]}]

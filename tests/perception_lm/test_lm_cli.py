@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -260,8 +261,14 @@ def test_errors_are_one_line_and_an_exit_code(
         assert done.err.strip().splitlines()[-1].startswith("error: ")
 
 
-def test_help_costs_no_torch() -> None:
-    """The verbs are registered for every `perception` command: importing them loads nothing heavy."""
-    code = "import sys, perception_lm.cli; assert not {'torch', 'tiktoken', 'PIL'} & set(sys.modules)"
+def test_importing_the_verbs_imports_no_extra() -> None:
+    """They are registered for every `perception` command, with the extra `lm` or without."""
+    code = (
+        "import sys, perception_lm.cli; assert not {'tiktoken', 'tokenizers', 'transformers', 'av'} & set(sys.modules)"
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_verbs_are_installed() -> None:
+    assert [entry.value for entry in entry_points(group=cli.GROUP, name="lm")] == ["perception_lm.cli:register"]
