@@ -34,7 +34,7 @@ PREFIXES = ("module.", "_orig_mod.")  # what DistributedDataParallel and torch.c
 MAX_JSON = 64 * 2**20  # an index of a million tensors is smaller
 MAX_CONFIG = 2**20
 OLDEST_TORCH = (2, 10)  # its restricted reader is the one we trust with files from elsewhere
-RELEASE_AFTER = 16 * 2**20  # bytes copied out of a mapping before its pages are handed back
+RELEASE_AFTER = 16 * 2**20  # bytes copied out of a mapping, at least, before its pages are handed back
 FINITE_BUDGET = 16 * 2**20  # bytes the default look for NaN reads whole, smallest tensors first
 DTYPE_CODES = {
     torch.float64: "F64",
@@ -66,16 +66,23 @@ class CheckpointWarning(UserWarning):
 class Checkpoint(Mapping[str, Tensor]):
     """The tensors of a file, or of several shards, by name; each is read when it is asked for.
 
-    path      what was opened
-    metadata  the text a safetensors header carries
+    path           what was opened
+    metadata       the text a safetensors header carries
+    release_after  how many bytes a loader that copies should copy between two calls of `release`
 
     A tensor is a view of the mapped file where the format allows it: nothing is copied, and writing to it never
     reaches the file. Its pages stay in memory as long as any tensor of the same mapping lives; `release` lets go of
     the mapping, and the next tensor opens a new one.
     """
 
-    def __init__(self, path: Path, sources: Sequence["_Source"], metadata: Mapping[str, str] | None = None):
-        self.path = path
+    def __init__(
+        self,
+        path: Path,
+        sources: Sequence["_Source"],
+        metadata: Mapping[str, str] | None = None,
+        release_after: int = RELEASE_AFTER,
+    ):
+        self.path, self.release_after = path, release_after
         self.metadata = dict(metadata or {})
         self._sources = tuple(sources)
         self._where = {key: source for source in sources for key in source.keys()}  # noqa: SIM118
@@ -121,10 +128,12 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(f"{path} ends in {suffix or 'nothing'!r}; weights are read from {known}")
     try:
         _check_head(path, suffix)
+        size = path.stat().st_size
         if suffix != ".safetensors":
-            return Checkpoint(path, [_Torch(path)])
+            # To open it again means to unpickle it again, so it is done less often.
+            return Checkpoint(path, [_Torch(path)], release_after=max(RELEASE_AFTER, size // 16))
         source = _Safetensors(path)
-        return Checkpoint(path, [source], source.metadata)
+        return Checkpoint(path, [source], source.metadata, max(RELEASE_AFTER, size // 64))
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
@@ -277,7 +286,8 @@ def _open_shards(index: Path) -> Checkpoint:
     found = {key: name for name, source in sources.items() for key in source.keys()}  # noqa: SIM118
     if wrong := sorted(key for key in table.keys() | found.keys() if table.get(key) != found.get(key)):
         raise CheckpointError(f"{index}: the shards do not hold what it says; {_some(wrong, 'tensor')}")
-    return Checkpoint(index, list(sources.values()))
+    total = sum(path.stat().st_size for path in paths.values())
+    return Checkpoint(index, list(sources.values()), release_after=max(RELEASE_AFTER, total // 64))
 
 
 def _check_head(path: Path, suffix: str) -> None:
@@ -468,6 +478,7 @@ class Converted(Mapping[str, Tensor]):
     def __init__(self, state: Mapping[str, Tensor], plan: "Plan", unknown: Sequence[str] = ()):
         self.state, self.unknown, self._plan = state, list(unknown), plan
         self.path = getattr(state, "path", None)
+        self.release_after = getattr(state, "release_after", RELEASE_AFTER)
 
     def __getitem__(self, key: str) -> Tensor:
         change, sources, index = self._plan[key]
@@ -621,7 +632,7 @@ def load_into(
     _check_shapes(model, state, slots, where)
     _fill_missing(model, build, report.missing, dtype, device)
 
-    copied, budget = 0, max(RELEASE_AFTER, sum(state[n].nbytes for n in names if n in state) // 64)
+    copied, budget = 0, getattr(state, "release_after", RELEASE_AFTER)
     for aliases in slots:
         present = [name for name in aliases if name in state]
         if not present:
