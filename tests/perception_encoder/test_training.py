@@ -87,6 +87,7 @@ def _gathered_worker(rank: int, folder: str) -> None:
     total = loss.detach() / 2
     dist.all_reduce(total)
     torch.save({"loss": total, "image": image.grad, "text": text.grad}, f"{folder}/{rank}.pt")
+    dist.barrier()  # a process that leaves while another still talks to it aborts that one
     dist.destroy_process_group()
 
 
@@ -147,6 +148,7 @@ def test_schedule() -> None:
     assert factors[0] == pytest.approx(0.1)
     assert factors[9:80] == [1.0] * 71
     assert factors[100] == 0
+    assert factors[90] == pytest.approx(0.5)
     assert all(a > b for a, b in pairwise(factors[81:]))
     assert [warmup_stable_decay(s, 200, 9, 19) for s in range(80)] == factors[:80], "longer runs begin alike"
 
@@ -191,6 +193,19 @@ def test_a_stopped_run_continues_exactly(tmp_path: Path) -> None:
     losses = [json.loads(line)["fit"] for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
     assert len(losses) == 12
     assert losses[-1] < losses[0]
+
+
+def test_every_step_draws_anew(tmp_path: Path) -> None:
+    loop, drawn = make_loop(tmp_path), []
+    inner = loop.losses
+
+    def losses(generator: torch.Generator) -> dict[str, Tensor]:
+        drawn.append(generator.initial_seed())
+        return inner(generator)
+
+    loop.losses = losses
+    loop.run()
+    assert len(set(drawn)) == 12
 
 
 def test_parts_of_a_batch_are_the_batch(tmp_path: Path) -> None:
@@ -309,9 +324,10 @@ def test_unseen_concepts_share_no_word() -> None:
     rows = [(s, c) for s in range(7) for c in range(6) if (styles[s], labels[c]) != ("openmoji", "drum")]
     style, concept = (torch.tensor(column).numpy() for column in zip(*rows, strict=True))
     drawings = DrawingSet(torch.zeros(len(rows), 2, 2, 4).numpy(), style, concept, styles, concepts)
-    seen, unseen = choose_split(drawings, unseen=2)
-    assert {c.label for c in unseen} == {"violin", "axe"}
-    assert {c.label for c in seen} == {"tiger", "tiger face", "drum", "grinning face"}
+    for seed in range(8):
+        seen, unseen = choose_split(drawings, unseen=2, seed=seed)
+        assert {c.label for c in unseen} == {"violin", "axe"}
+        assert {c.label for c in seen} == {"tiger", "tiger face", "drum", "grinning face"}
 
 
 def test_icons_are_found_by_code_name_or_spelling(tmp_path: Path) -> None:
