@@ -26,7 +26,7 @@ def test_five_lines_run_as_pasted(tmp_path: Path) -> None:
         [sys.executable, "-c", guard + program], capture_output=True, text=True, cwd=tmp_path, check=False
     )
     assert done.returncode == 0, done.stderr
-    assert "Prediction(label='a pizza'" in done.stdout
+    assert "Prediction(label='a castle'" in done.stdout
 
 
 COMMANDS = re.findall(r"^perception (?:generate|ground|estimate|export|chat) .*$", README, re.MULTILINE)
