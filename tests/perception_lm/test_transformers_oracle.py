@@ -272,6 +272,20 @@ def test_our_reader_takes_the_tokenizer_we_made(folder: Path, tokenizer: LlamaTo
     assert tiktoken_file(tokenizer) == tokenizer.source
 
 
+def test_a_token_that_no_merges_reach_is_still_itself() -> None:
+    """tiktoken looks a whole piece up before it merges: "abc" is a token here, though neither "ab" nor "bc" is."""
+    import base64
+
+    from perception_lm.huggingface import tokenizer_json
+
+    pieces = [*(bytes([byte]) for byte in range(256)), b"abc"]
+    lines = b"".join(base64.b64encode(piece) + b" %d\n" % rank for rank, piece in enumerate(pieces))
+    words = LlamaTokenizer.from_bytes(lines)
+    again = LlamaTokenizer.from_bytes(tokenizer_json(words).encode())
+    assert words.encode("abc") == again.encode("abc") == [256]
+    assert words.encode("abcd") == again.encode("abcd") == [97, 98, 99, 100]
+
+
 CONVERSATIONS = (
     [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is this?"}]}],
     [{"role": "user", "content": "Plain text, as a string."}],
