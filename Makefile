@@ -48,7 +48,7 @@ $(VENV)/.test: $(RECIPE) | $(BIN)/python
 	touch $@ $(VENV)/.demo
 
 $(VENV)/.nano: $(RECIPE) | $(BIN)/python
-	$(INSTALL) -e '.[video]' resvg-py tokenizers
+	$(INSTALL) -e '.[video,train]'
 	touch $@ $(VENV)/.demo
 
 clean:
