@@ -1,6 +1,5 @@
 """A reference to weights becomes a path on this machine: a local file or folder, or a download from the model hub."""
 
-import errno
 import json
 import os
 import re
@@ -17,7 +16,6 @@ from perception.files import sha256_of
 SNAPSHOT = ("*.json", "*.safetensors", "tokenizer.model", "*.tiktoken")
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _REVISION = r"[A-Za-z0-9_](?:[A-Za-z0-9._/-]*[A-Za-z0-9_])?"
-_FULL = (errno.ENOSPC, errno.EFBIG, errno.EDQUOT)
 
 
 @dataclass(frozen=True)
@@ -204,13 +202,5 @@ def _explain(error: Exception, hub_id: HubId, names: Sequence[str]) -> str:
     if isinstance(error, errors.EntryNotFoundError):
         return f"{what} has no file {' or '.join(names)}; see {hub_id.url}/tree/{hub_id.revision or 'main'}"
     if isinstance(error, OSError) and error.errno is not None:
-        if error.errno in _FULL:
-            _remove_partial(Path(cache), hub_id.repo)
         return f"{wanted} cannot be written to the cache {cache}: {error}; free space, or set HF_HOME to another disk"
     return f"{wanted} could not be downloaded to {cache}: {type(error).__name__}: {error}"
-
-
-def _remove_partial(cache: Path, repo: str) -> None:
-    """A full disk keeps no half file: the next try would only find it full again."""
-    for path in (cache / f"models--{repo.replace('/', '--')}" / "blobs").glob("*.incomplete"):
-        path.unlink(missing_ok=True)

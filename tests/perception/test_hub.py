@@ -216,6 +216,12 @@ def test_downloads_once_and_then_uses_the_cache(tmp_path: Path, server: Hub) -> 
     assert server.asked.count("GET config.json") == 1
 
 
+def test_the_first_of_several_files_that_is_there(tmp_path: Path, server: Hub) -> None:
+    (line,) = ask(tmp_path, [(["o/n"], {"filename": ["none.pt", "config.json", "model.pt"]})], server)
+    assert Path(line).name == "config.json"
+    assert "GET model.pt" not in server.asked
+
+
 def test_each_refusal_of_the_hub_says_what_to_do(tmp_path: Path, server: Hub) -> None:
     calls = [
         (["hf://o/gated:w.pt"], {}),
