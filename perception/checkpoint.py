@@ -178,7 +178,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise ConfigError(f"no folder {folder}")
     if not (folder / CONFIG).exists():
         raise ConfigError(f"folder {folder} has no {CONFIG}: it is not a model that was saved by this library")
-    return _read_json(inside(folder, CONFIG), MAX_CONFIG, ConfigError)
+    return read_json(inside(folder, CONFIG), MAX_CONFIG, ConfigError)
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -270,7 +270,7 @@ class _Torch:
 def _open_shards(index: Path) -> Checkpoint:
     """Every shard is checked to be there, and to hold what the index says, before a tensor is read."""
     folder = index.parent
-    table = _read_json(index, MAX_JSON, CheckpointError).get("weight_map")
+    table = read_json(index, MAX_JSON, CheckpointError).get("weight_map")
     if not isinstance(table, dict) or not table or not all(isinstance(name, str) for name in table.values()):
         raise CheckpointError(f"{index} has no 'weight_map' from tensor names to file names")
     names = sorted(set(table.values()))
@@ -394,7 +394,7 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return table
 
 
-def _read_json(path: Path, limit: int, error: type[ValueError]) -> dict[str, Any]:
+def read_json(path: Path, limit: int, error: type[ValueError]) -> dict[str, Any]:
     size = path.stat().st_size
     if size > limit:
         raise error(f"{path} is {size} bytes; at most {limit} are read")

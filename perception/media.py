@@ -307,7 +307,12 @@ def _upright(image: Image.Image) -> Image.Image:
         turn = _TURNS.get(image.getexif().get(0x0112, 1))
     except Exception:  # broken EXIF around good pixels is common; the pixels count
         return image
-    return image if turn is None else image.transpose(turn)
+    if turn is None:
+        return image
+    turned = image.transpose(turn)
+    for key in ("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"):
+        turned.info.pop(key, None)  # it is upright now: who reads it again must not turn it again
+    return turned
 
 
 def grey_codes(image: Image.Image) -> Image.Image:

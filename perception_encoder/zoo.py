@@ -419,7 +419,7 @@ def _load(
     model, _ = load_into(
         _builder(found.saved),
         lambda names: recognize(checkpoint, kind, names, strict=strict),
-        dtype=pick_dtype(dtype, where, _stored(checkpoint)),
+        dtype=pick_dtype(dtype, where, stored_dtype(checkpoint)),
         device=where,
         strict=strict,
         check_finite=check_finite,
@@ -428,7 +428,7 @@ def _load(
     return model.eval()
 
 
-def _stored(state: Mapping[str, Tensor]) -> torch.dtype:
+def stored_dtype(state: Mapping[str, Tensor]) -> torch.dtype:
     """The dtype most of the weights are stored in, by the number of elements."""
     counts: dict[torch.dtype, int] = {}
     for tensor in state.values():

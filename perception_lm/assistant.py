@@ -261,7 +261,8 @@ class Assistant:
         """Write model, tokenizer and configuration as one folder that `perception_lm.load` reads back."""
         from perception_lm.checkpoints import export
 
-        export(self.model, folder, format, media=self.processor.media, tokenizer=self.tokenizer)
+        pixels = self.processor.preprocess
+        export(self.model, folder, format, media=self.processor.media, tokenizer=self.tokenizer, pixels=pixels)
 
     # --- helpers ---
 
@@ -282,9 +283,7 @@ class Assistant:
 
     def _picture(self, image: Any) -> Image.Image:
         """The picture as the model sees it: boxes are in its pixels."""
-        picture = to_rgb(read_image(image, orient=self.processor.orient)).copy()
-        picture.info = {}  # EXIF has been obeyed, and would be again
-        return picture
+        return to_rgb(read_image(image, orient=self.processor.orient))
 
     def _track(self, video: Any, boxes: Mapping[Any, Any], options: dict[str, Any]) -> tuple[Clip, int]:
         """The video with its boxes, and how many frames of it the model sees."""

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from perception.checkpoint import (
     CONFIG,
     INDEX,
+    MAX_CONFIG,
     WEIGHTS,
     Checkpoint,
     Converted,
@@ -33,6 +34,7 @@ from perception.checkpoint import (
     prefixed,
     read_config,
     read_folder,
+    read_json,
     save_folder,
     write_safetensors,
 )
@@ -243,9 +245,7 @@ def _within(folder: Path, name: str) -> Path:
 
 def _read_json(folder: Path, name: str) -> dict[str, Any]:
     """A table from a JSON file in `folder`; the tested reader of `config.json` for every other name."""
-    from perception.checkpoint import MAX_CONFIG, _read_json
-
-    return _read_json(_within(folder, name), MAX_CONFIG, ConfigError)
+    return read_json(_within(folder, name), MAX_CONFIG, ConfigError)
 
 
 def _open_original(folder: Path) -> Found:

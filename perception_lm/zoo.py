@@ -303,7 +303,7 @@ def _fill(found: Found, device: str | torch.device, dtype: str | torch.dtype, ch
     model, _ = load_into(
         lambda: builder(config, found.media_token, found.pixels),
         lambda names: found.state(),
-        dtype=pick_dtype(dtype, where, towers._stored(found.checkpoint)),
+        dtype=pick_dtype(dtype, where, towers.stored_dtype(found.checkpoint)),
         device=where,
         check_finite=check_finite,
         origin=found.checkpoint.path,
@@ -375,7 +375,7 @@ def load_decoder(
     decoder, _ = load_into(
         lambda: Decoder(config),
         lambda names: found.state(),
-        dtype=pick_dtype(dtype, where, towers._stored(found.checkpoint)),
+        dtype=pick_dtype(dtype, where, towers.stored_dtype(found.checkpoint)),
         device=where,
         origin=found.checkpoint.path,
     )

@@ -255,6 +255,14 @@ def test_every_orientation(turn: int, kind: str) -> None:  # F-47
         assert np.array_equal(np.array(read_image(image)), np.array(upright))
 
 
+def test_a_picture_that_was_turned_is_not_turned_again() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    once = read_image(saved(noise(), "PNG", exif=exif))
+    assert np.array_equal(np.array(read_image(once)), np.array(once))
+    assert once.size == (30, 40)
+
+
 def test_broken_exif_does_not_cost_the_picture() -> None:
     data = saved(noise(), "PNG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff garbage")
     assert np.array_equal(np.array(read_image(data)), np.array(noise()))
