@@ -122,7 +122,6 @@ def draw_boxes(
 ) -> Image.Image:
     """A copy of a picture with rectangles on it; what lies outside is left out."""
     picture = to_rgb(read_image(image)).copy()
-    picture.info = {}  # EXIF has been obeyed, and would be again
     draw = ImageDraw.Draw(picture)
     for box in boxes:
         if not all(map(math.isfinite, box.xyxy)):
