@@ -317,7 +317,8 @@ def open_parts(folder: Path) -> Checkpoint:
                     "devices are not joined here; use the Hugging Face layout of this model"
                 )
             seen.setdefault(key, part)
-    return Checkpoint(folder, [_Part(part) for part in reversed(opened)])
+    often = sum(part.release_after for part in opened)
+    return Checkpoint(folder, [_Part(part) for part in reversed(opened)], release_after=often)
 
 
 def _open_hugging_face(folder: Path, data: dict[str, Any]) -> Found:

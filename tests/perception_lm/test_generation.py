@@ -554,7 +554,7 @@ def test_logits_that_are_not_numbers(value: float, temperature: float) -> None:
     """F-96: named with the dtype, neither token 0 nor an error of the sampler."""
     model, decode, _ = says("a", "b")
     model.decoder.table[1] = value
-    with pytest.raises(PerceptionError, match="not finite numbers in float32.*bfloat16"):
+    with pytest.raises(PerceptionError, match=r"not finite numbers in float32.*bfloat16"):
         generate(model, golden.pack([[0]], [None]), decode, temperature=temperature)
 
 
