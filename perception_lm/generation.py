@@ -118,6 +118,8 @@ def score(
     """
     if len(answers) != len(batch):
         raise RequestError(f"answers to {len(answers)} prompts were given for a batch of {len(batch)}")
+    if not answers:
+        return []
     longest = max((len(ids) for candidates in answers for ids in candidates), default=0)
     check_prompts(model, batch, longest, context)
     cache, first = prefill(model, batch, max(batch.lengths, default=0) + longest)
@@ -450,7 +452,10 @@ class Lookup:
         self.after[pair] = len(self.tokens)
 
     def guess(self, count: int) -> list[int]:
-        return [] if self.found is None else self.tokens[self.found : self.found + max(count, 0)]
+        if self.found is None:
+            return []
+        period = len(self.tokens) - self.found  # where memory ends, it is taken to start over
+        return [self.tokens[self.found + i % period] for i in range(count)]
 
 
 class Session:

@@ -107,7 +107,8 @@ class PerceptionLM(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return next(self.parameters()).device
+        first = next(self.parameters(), None)  # a decoder of somebody's may have none
+        return torch.device("cpu") if first is None else first.device
 
 
 def splice(text: Tensor, media: Tensor, slots: Tensor) -> Tensor:

@@ -265,7 +265,7 @@ def test_same_distribution_as_transformers(options: dict) -> None:
 
 def test_draws_follow_the_distribution() -> None:
     """20,000 draws: every frequency within five standard deviations, and nothing that was cut."""
-    config, n = GenerationConfig(temperature=1.0, top_p=0.95), 20_000
+    config, n = GenerationConfig(temperature=1.0, top_p=0.9), 20_000
     scores = cut(torch.tensor([0.5, 0.2, 0.15, 0.1, 0.04, 0.01]).log()[None], config)
     probs = scores.softmax(-1)[0]
     drawn = draw_from(scores.expand(n, -1), torch.tensor(Draws(5).peek(n)))
@@ -419,7 +419,7 @@ def test_what_only_began_like_a_stop_string_is_told() -> None:
 
 def test_first_stop_string_wins() -> None:
     assert answer("one. two! three", stop=["!", "."])[0].text == "one"
-    assert answer("one", "two", stop="ow")[0].text == "one"[:3]
+    assert answer("one", "two", stop="et")[0].text == "on"  # one text is one stop string
     assert answer("onet", "wo", stop=["ne"])[0].text == "o"
     assert answer("x", "yz", stop=["x"])[0] == Reply(text="", tokens=[1], finish="stop")
 
@@ -745,8 +745,9 @@ def test_an_edited_prompt() -> None:
 def test_a_media_token_that_the_model_wrote_is_no_slot() -> None:
     """The next prompt has a picture where the answer had the bare id: nothing of it is shared."""
     model, session = fresh_tiny(), Session()
-    with torch.no_grad():
-        model.decoder.head.weight[golden.SLOT] *= 50  # an answer of media tokens, wherever the logit is positive
+    likeliest = turn(golden.tiny(), [1, 2], None)[0]
+    with torch.no_grad():  # twice its logit, which is above 0: the model writes the media token instead
+        model.decoder.head.weight[golden.SLOT] = 2 * model.decoder.head.weight[likeliest]
     written = turn(model, [1, 2], None, reuse=session)
     place = written.index(golden.SLOT)
     assert session.tokens[2 + place] == -1
