@@ -4,6 +4,7 @@ import torch
 from torch import Tensor, nn
 
 import perception_encoder as pe
+import perception_lm as plm
 from perception.pixels import PixelSpec
 from perception_encoder import samples
 
@@ -31,3 +32,9 @@ vectors = pe.embed(encoder, list(photos.values()))
 closest = (vectors @ vectors.T).fill_diagonal_(-1).argmax(dim=1)
 for name, row in zip(photos, closest.tolist(), strict=True):
     print(f"{name:<12} has colours like {list(photos)[row]}")
+
+# The same encoder under a language model: a fresh projector and a small decoder with random weights.
+words = plm.LlamaTokenizer.of_bytes()
+small = plm.DecoderConfig(width=64, depth=1, heads=4, kv_heads=2, mlp_width=128, vocab=words.vocab)
+assistant = plm.compose(encoder=encoder, decoder=small, tokenizer=words)
+print("untrained, it says", repr(assistant.ask(photos["chelsea"], "What is this?", tiling="vanilla", max_new_tokens=8)))
