@@ -29,12 +29,14 @@ wheel: $(VENV)/.test ## build the wheel, install it in a clean environment, use 
 	$(BIN)/python .ci/check_wheel.py
 
 bench: $(VENV)/.test ## every benchmark; results go to benchmarks/results/
+	$(BIN)/python benchmarks/import_time.py
 	$(BIN)/python benchmarks/load_memory.py
-	$(BIN)/python benchmarks/nano_core.py
+	$(BIN)/python benchmarks/quantize_lm.py
 
-nano: $(VENV)/.nano ## train PE-Core-nano again from registry packages (about two hours on two cores)
+nano: $(VENV)/.nano ## train PE-Core-nano again from registry packages, and measure it (an hour on two idle cores)
 	$(BIN)/python -m perception_encoder.training.drawings --out runs/data
 	$(BIN)/python -m perception_encoder.training.nano --data runs/data --out runs/nano
+	$(BIN)/python benchmarks/nano_core.py --data runs/data
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
