@@ -21,10 +21,16 @@ from perception_encoder.protocol import Features
 
 
 class ForeignPreprocess:
-    """Another library's evaluation transform, fed by our reader: any path, bytes or picture -> 3 H W."""
+    """Another library's evaluation transform, fed by our reader: any path, bytes or picture -> 3 H W.
+
+    size  the side of the squares it makes, None where its steps do not say
+    """
 
     def __init__(self, transform: Callable[[Any], Tensor]):
         self.transform = transform
+        sizes = [step.size for step in getattr(transform, "transforms", ()) if hasattr(step, "size")]
+        last = sizes[-1] if sizes else None
+        self.size: int | None = max(last) if isinstance(last, tuple | list) else last
 
     def __call__(self, image: Any, *, orient: bool = True) -> Tensor:
         return self.transform(read_image(image, orient=orient).convert("RGB"))

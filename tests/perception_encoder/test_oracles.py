@@ -97,6 +97,7 @@ def test_any_timm_vit_is_an_encoder(timm: ModuleType, tmp_path: Path) -> None:
     assert isinstance(tower, TimmEncoder)
     assert isinstance(tower, pe.VisionEncoder)
     assert (tower.width, tower.patch_size, tower.training) == (192, 16, False)
+    assert tower.preprocess.size == 224
     Image.effect_noise((300, 200), 80).convert("RGB").save(tmp_path / "a.png")
     pixels = tower.preprocess(tmp_path / "a.png")
     config = timm.data.resolve_model_data_config(tower.model)

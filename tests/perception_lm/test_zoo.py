@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 from golden_models import load_tower
+from PIL import Image
 from plm_tiny import golden_case, tiny_config, tiny_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import perception_encoder as pe
+import perception_lm as plm
 from perception.errors import CheckpointError, ConfigError
 from perception.hub import SNAPSHOT
 from perception.pixels import PixelSpec
@@ -352,3 +354,27 @@ def test_any_model_of_transformers_is_a_decoder(golden: Path, tmp_path: Path, wo
     assert [reply.tokens for reply in both] == [reply.tokens for reply in alone]
     with pytest.raises(ConfigError, match="its decoder is a TransformersDecoder"):
         assistant.save(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["timm/vit_tiny_patch16_224", "open_clip/ViT-B-32", "open_clip/PE-Core-T-16-384"])
+def test_encoders_of_other_libraries(name: str) -> None:
+    """Their size, their mean and deviation; an answer comes out, and gradients reach the projector."""
+    library = name.split("/")[0]
+    try:
+        __import__(library)
+    except Exception as error:
+        pytest.skip(f"{library} cannot be imported here: {error}")
+    encoder = pe.load_encoder(name, pretrained=False, device="cpu")
+    words = plm.LlamaTokenizer.of_bytes()
+    small = plm.DecoderConfig(width=32, depth=1, heads=2, kv_heads=1, mlp_width=64, vocab=words.vocab)
+    projector = plm.PixelShuffleProjector(encoder.width, 32, 7) if name == "open_clip/ViT-B-32" else "pooling"
+    assistant = plm.compose(encoder=encoder, decoder=small, tokenizer=words, projector=projector)
+    side = {"timm/vit_tiny_patch16_224": 224, "open_clip/ViT-B-32": 224, "open_clip/PE-Core-T-16-384": 384}[name]
+    picture = Image.new("RGB", (60, 40), "red")
+    messages = [{"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "?"}]}]
+    batch = assistant.processor([messages], tiling="vanilla")
+    assert batch.pixels.shape == (1, 3, side, side)
+    assert len(assistant.generate([messages], tiling="vanilla", max_new_tokens=3)[0].tokens) == 3
+    loss, _ = assistant.model(batch.tokens, batch.pixels, labels=batch.tokens)
+    loss.backward()
+    assert all(parameter.grad is not None for parameter in assistant.model.projector.parameters())
