@@ -1,0 +1,292 @@
+"""Linear layers in the layout that is fastest on this machine.
+
+M rows  K inputs  N outputs
+"""
+
+import functools
+import logging
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perception.errors import ConfigError
+from perception.kernels.probe import agrees, race
+
+log = logging.getLogger(__name__)
+
+FEW = 16  # up to so many rows a product waits for the weights to arrive, beyond it for the arithmetic
+# What a form may lose against F.linear, norm over norm: rounding of the dtype, of 8 bits, of 8 bits less one.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
+TOLERANCE_INT8 = 0.05
+
+
+def pack(
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    dtype: torch.dtype | None = None,
+    quantize: Literal["int8"] | None = None,
+    gain: Tensor | None = None,
+    norm: nn.LayerNorm | None = None,
+    rows: int = 256,
+) -> "PackedLinear":
+    """A linear layer that holds `weight` its own way. The source is neither kept nor changed.
+
+    weight, bias  N K and N
+    dtype         of what comes in and goes out; the weight's by default
+    quantize      "int8": weights (one scale an output) and inputs (one scale a call) in 8 bits
+    gain          N, multiplies the output: LayerScale, folded into weight and bias
+    norm          a LayerNorm before this layer whose affine part is folded in; call it without
+    rows          M to expect
+
+    The form is the one that won on this machine (`choose`); one that is wrong for this very shape is not used. Raises
+    ConfigError for an unknown `quantize`.
+    """
+    if quantize not in (None, "int8"):
+        raise ConfigError(f"no quantisation {quantize!r} for these layers; there is: int8")
+    dtype = dtype or weight.dtype
+    with torch.no_grad():
+        weight, bias = fold(weight, bias, gain=gain, norm=norm)
+        weight = weight.detach()
+        bias = None if bias is None else bias.detach()
+        form = choose(dtype, quantize, rows) if weight.device.type == "cpu" else "plain"
+        if form != "plain" and not _right(form, dtype, weight, bias):
+            form = "plain"
+        return FORMS[form](weight, bias, dtype)
+
+
+def fold(
+    weight: Tensor, bias: Tensor | None, *, gain: Tensor | None = None, norm: nn.LayerNorm | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of gain * (weight @ norm(x) + bias), for the x that the norm's own affine part did not touch.
+
+    Exact in real arithmetic. The products are taken in float64 and come back in float32 where something was folded.
+    """
+    if gain is None and (norm is None or not norm.elementwise_affine):
+        return weight, bias
+    w, b = weight.double(), weight.new_zeros(len(weight), dtype=torch.float64) if bias is None else bias.double()
+    if norm is not None and norm.elementwise_affine:
+        b = b if norm.bias is None else b + w @ norm.bias.double()
+        w = w * norm.weight.double()
+    if gain is not None:
+        w, b = w * gain.double()[:, None], b * gain.double()
+    return w.float(), b.float()
+
+
+class PackedLinear:
+    """The plain form, F.linear, and what every form offers.
+
+    x         ... K
+    residual  ... N, added to the result
+    return    ... N
+    """
+
+    form = "plain"
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
+        self.out_features, self.in_features = weight.shape
+        self.dtype = dtype
+        self.bias = None if bias is None else bias.to(dtype)
+        self._hold(weight)
+
+    def _hold(self, weight: Tensor) -> None:
+        self.weight = weight.to(self.dtype)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        return y if residual is None else y.add_(residual)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        """The exact (erf) GELU of the result."""
+        return F.gelu(self(x))
+
+    def __repr__(self) -> str:
+        return f"PackedLinear({self.in_features} -> {self.out_features}, {self.form})"
+
+
+class Transposed(PackedLinear):
+    """K N in memory: the order in which MKL's product reads it without turning it round."""
+
+    form = "transposed"
+
+    def _hold(self, weight: Tensor) -> None:
+        self.weight = weight.to(self.dtype).t().contiguous()
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        rows = x.reshape(-1, self.in_features)
+        y = rows @ self.weight if self.bias is None else torch.addmm(self.bias, rows, self.weight)
+        y = y.view(*x.shape[:-1], self.out_features)
+        return y if residual is None else y.add_(residual)
+
+
+class OneDnn(PackedLinear):
+    """oneDNN's own blocked layout, with the residual in its epilogue. Its operators are not torch's promise: probed."""
+
+    form = "onednn"
+
+    def _hold(self, weight: Tensor) -> None:
+        self.weight = torch.ops.mkldnn._reorder_linear_weight(weight.to(self.dtype).contiguous())
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if residual is not None:
+            return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+
+    def gelu(self, x: Tensor) -> Tensor:
+        return self._gelu(x) if _epilogue(self.dtype) else F.gelu(self(x))
+
+    def _gelu(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "none")
+
+
+class Float32(PackedLinear):
+    """Half-precision weights held and used in float32, for processors that have no half-precision arithmetic."""
+
+    form = "float32"
+
+    def _hold(self, weight: Tensor) -> None:
+        bias = None if self.bias is None else self.bias.float()
+        self.inner = FORMS[choose(torch.float32)](weight.float(), bias, torch.float32)
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.inner(x.float(), None if residual is None else residual.float()).to(self.dtype)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        return self.inner.gelu(x.float()).to(self.dtype)
+
+
+class Int8(PackedLinear):
+    """Weights and inputs in 8 bits: one scale an output, one scale and offset a call (onednn.qlinear_pointwise)."""
+
+    form = "int8"
+    top = 127
+
+    def _hold(self, weight: Tensor) -> None:
+        weight = weight.float()
+        self.scale = weight.abs().amax(dim=1).clamp_min(1e-12) / self.top  # N
+        rounded = (weight / self.scale[:, None]).round_().to(torch.int8)
+        self.weight = torch.ops.onednn.qlinear_prepack(rounded, None)
+        self.zeros = torch.zeros(len(weight), dtype=torch.int32)
+        self.bias = None if self.bias is None else self.bias.float()
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = self._product(x, "none")
+        return y if residual is None else y.add_(residual)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        return F.gelu(self(x))
+
+    def _product(self, x: Tensor, after: str) -> Tensor:
+        values, scale, zero = quantize_rows(x)
+        return torch.ops.onednn.qlinear_pointwise(
+            values, scale, zero, self.weight, self.scale, self.zeros, self.bias, 1.0, 0, self.dtype, after, [], "none"
+        )
+
+
+class Int8Narrow(Int8):
+    """Weights in 7 bits: AVX2 adds two products in 16 bits, and 2 * 255 * 64 is the most that fits."""
+
+    form = "int8-narrow"
+    top = 64
+
+
+FORMS: dict[str, type[PackedLinear]] = {
+    form.form: form for form in (PackedLinear, Transposed, OneDnn, Float32, Int8, Int8Narrow)
+}
+RIVALS = {
+    torch.float32: ("transposed", "onednn"),
+    torch.bfloat16: ("onednn", "float32"),
+    torch.float16: ("onednn", "float32"),
+}
+
+
+def choose(dtype: torch.dtype, quantize: str | None = None, rows: int = 256) -> str:
+    """The form that is fastest here for weights of `dtype` and about so many rows. Measured once a process."""
+    return _choose(dtype, quantize, rows <= FEW, torch.get_num_threads())
+
+
+@functools.cache
+@torch.inference_mode()
+def _choose(dtype: torch.dtype, quantize: str | None, few: bool, threads: int) -> str:
+    if dtype not in RIVALS:
+        return "plain"
+    m, k, n = (1, 2048, 2048) if few else (192, 768, 768)
+    weight, bias, x = _sample(m, k, n)
+    if quantize is None:
+        plain, rivals, tolerance = "plain", RIVALS[dtype], TOLERANCE[dtype]
+        weight, bias, x = weight.to(dtype), bias.to(dtype), x.to(dtype)
+    else:
+        plain, tolerance = _choose(dtype, None, few, threads), TOLERANCE_INT8
+        rivals = ("int8",) if _exact() else ("int8-narrow",)
+    built = {form: layer for form in rivals if (layer := _try(form, weight, bias, dtype)) is not None}
+    return race((plain, FORMS[plain](weight, bias, dtype)), built, x.to(dtype), tolerance=tolerance)
+
+
+@functools.cache
+@torch.inference_mode()
+def _exact() -> bool:
+    """Whether the int8 product adds without saturation: it is given the worst case."""
+    try:
+        x, w = torch.full((4, 64), 255, dtype=torch.uint8), torch.full((16, 64), 127, dtype=torch.int8)
+        ones, zeros = torch.ones(16), torch.zeros(16, dtype=torch.int32)
+        packed = torch.ops.onednn.qlinear_prepack(w, None)
+        y = torch.ops.onednn.qlinear_pointwise(
+            x, 1.0, 0, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+        )
+    except Exception as error:
+        log.debug("no int8 product here: %s", error)
+        return False
+    return bool((y == 255 * 127 * 64).all())
+
+
+@functools.cache
+@torch.inference_mode()
+def _epilogue(dtype: torch.dtype) -> bool:
+    """Whether oneDNN's GELU epilogue is right and faster than a GELU of its own."""
+    weight, bias, x = (t.to(dtype) for t in _sample(192, 768, 768))
+    layer = OneDnn(weight, bias, dtype)
+    return race(("apart", lambda x: F.gelu(layer(x))), {"fused": layer._gelu}, x, tolerance=TOLERANCE[dtype]) == "fused"
+
+
+@functools.cache
+def _checked(form: str, dtype: torch.dtype, k: int, n: int) -> list[bool]:
+    return []  # filled by the first layer of this shape
+
+
+@torch.inference_mode()
+def _right(form: str, dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether a form gives what F.linear gives for this shape; looked at once a shape."""
+    n, k = weight.shape
+    known = _checked(form, dtype, k, n)
+    if not known:
+        x = torch.randn(8, k, generator=torch.Generator().manual_seed(0)).to(dtype)
+        wanted = F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+        tolerance = TOLERANCE_INT8 if form.startswith("int8") else TOLERANCE[dtype]
+        known.append(agrees(f"{form} {k} -> {n}", lambda: FORMS[form](weight, bias, dtype)(x), wanted, tolerance))
+    return known[0]
+
+
+def _try(form: str, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> PackedLinear | None:
+    try:
+        return FORMS[form](weight, bias, dtype)
+    except Exception as error:  # the operators behind it may be absent
+        log.debug("%s cannot be packed here: %s", form, error)
+        return None
+
+
+def _sample(m: int, k: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    weight, bias, x = (torch.randn(*shape, generator=generator) for shape in ((n, k), (n,), (m, k)))
+    return weight * k**-0.5, bias, x
+
+
+def quantize_rows(x: Tensor) -> tuple[Tensor, float, int]:
+    """x as uint8 with its scale and zero point: (values - zero) * scale is about x. Zero is met exactly."""
+    low, high = (float(t) for t in x.aminmax())
+    low, high = min(low, 0.0), max(high, 0.0)
+    scale = max((high - low) / 254, 1e-12)  # 254: one level is left for the rounding of `zero`
+    zero = round(-low / scale)
+    values = torch.add(torch.tensor(zero + 0.5), x.float(), alpha=1 / scale).to(torch.uint8)  # rounds: all is positive
+    return values, scale, zero

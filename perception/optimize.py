@@ -1,0 +1,61 @@
+"""A faster twin of a model: the same calls, the same numbers, other operators underneath. The model stays as it is."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Literal, get_args
+
+from perception.errors import ConfigError
+
+Quantize = Literal["int8", "int4"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a fast twin is to be made.
+
+    quantize  "int8": encoders compute in int8 (weights and activations), decoders keep int8 weights; "int4": decoders
+              keep int4 weights and encoders compute in int8; None: nothing is rounded
+    keep      the model stays whole; False gives up each of its weights once the twin holds it in its own layout
+    build     compiled kernels may be built where a compiler is at hand
+    """
+
+    quantize: Quantize | None = None
+    keep: bool = True
+    build: bool = True
+
+
+def optimize(model: Any, quantize: Quantize | None = None, *, keep: bool = True, build: bool = True) -> Any:
+    """A twin of `model` for inference that takes the same calls and is faster.
+
+    model     anything whose class names its twin: CLIP, VisionTransformer, TextTransformer, PerceptionLM, Assistant
+    quantize  None is exact up to rounding; "int8" and "int4" trade a little accuracy for speed and memory
+    keep      False empties `model` while the twin is made, so that both never fill the memory together
+    build     False never starts a compiler; kernels compiled before are still used
+
+    `twin.plain` is the model itself, untouched (None after keep=False). Which operators the twin uses was measured on
+    this machine. Raises ConfigError for a model without a twin and for settings that do not fit it.
+    """
+    if quantize is not None and quantize not in get_args(Quantize):
+        raise ConfigError(f"no quantisation {quantize!r}; there are: {', '.join(get_args(Quantize))}, or None")
+    if not has_twin(model):
+        raise ConfigError(
+            f"{type(model).__name__} has no fast twin; optimize() takes CLIP, VisionTransformer, TextTransformer, "
+            "PerceptionLM and Assistant, and leaves other libraries' parts inside them as they are"
+        )
+    return optimize_part(model, Plan(quantize, keep, build))
+
+
+def has_twin(model: Any) -> bool:
+    """Whether the model's class says where its fast twin is made: `fast = "module:function"`."""
+    return isinstance(getattr(type(model), "fast", None), str)
+
+
+def optimize_part(part: Any, plan: Plan) -> Any:
+    """The fast twin of one part of a model, with `.plain`; a part without a twin comes back as it is."""
+    if not has_twin(part):
+        return part
+    module, _, function = type(part).fast.partition(":")
+    twin = getattr(import_module(module), function)(part, plan)
+    # Past nn.Module's own __setattr__: as a submodule, the plain model would count twice wherever modules are walked.
+    object.__setattr__(twin, "plain", part if plan.keep else None)
+    return twin
