@@ -220,7 +220,12 @@ def _irregular(mode: int) -> str:
 
 
 def read_image(
-    source: object, *, orient: bool = True, max_pixels: int = MAX_PIXELS, allow_truncated: bool = False
+    source: object,
+    *,
+    orient: bool = True,
+    max_pixels: int = MAX_PIXELS,
+    allow_truncated: bool = False,
+    at_least: int | None = None,
 ) -> Image.Image:
     """A picture, decoded, in the mode its file has (L, P, RGBA, CMYK, ...); `to_rgb` makes it RGB.
 
@@ -229,6 +234,8 @@ def read_image(
     orient           turn the picture as its EXIF tag asks (a TIFF Pillow turns in any case)
     max_pixels       LimitError above it, from the header, before anything is decoded
     allow_truncated  a JPEG cut short gives what is there, the rest grey; other formats are refused in any case
+    at_least         a JPEG in a file may be decoded at 1/2, 1/4 or 1/8 of its size, in a fraction of the time, as long
+                     as no side falls below this; other sources come whole
 
     Sixteen-bit grey is scaled to eight bits by 1/257 (Pillow would clip it, to nearly white), and float and 32-bit
     grey become eight-bit grey as `grey_codes` says. An animation or a file of many pages gives its first picture.
@@ -245,14 +252,15 @@ def read_image(
     with open_media(source) as file:
         name = describe(source)
         try:
-            image = _load(_open_picture(file, name), name, max_pixels)
+            image = _load(_open_picture(file, name), name, max_pixels, at_least)
         except MediaError:
             file.seek(0)
             if not allow_truncated or sniff(file.read(HEAD)) != "a JPEG picture":
                 raise
             # An end marker where the data ends. Pillow has a switch for this, but it is global and threads share it.
             file.seek(0)
-            image = _load(_open_picture(io.BytesIO(file.read() + b"\xff\xd9"), name), name, max_pixels)
+            whole = io.BytesIO(file.read() + b"\xff\xd9")
+            image = _load(_open_picture(whole, name), name, max_pixels, at_least)
         image = _upright(image) if orient else image
         if getattr(image, "is_animated", False):
             image = image.copy()  # of its own: the file closes
@@ -274,9 +282,11 @@ def _open_picture(file: BinaryIO, name: str) -> Image.Image:
         raise MediaError(f"{name} cannot be read as a picture: it holds {kind}{detail}") from error
 
 
-def _load(image: Image.Image, name: str, max_pixels: int) -> Image.Image:
+def _load(image: Image.Image, name: str, max_pixels: int, at_least: int | None = None) -> Image.Image:
     _check_size(image.width, image.height, name, max_pixels)
     try:
+        if at_least is not None:
+            image.draft(None, (at_least, at_least))  # the inverse transform of a JPEG at a smaller size; else nothing
         image.load()
     except Exception as error:  # as above
         what = f"{image.format or 'picture'} of {image.width}x{image.height}"

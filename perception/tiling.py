@@ -15,15 +15,13 @@ import math
 import warnings
 from functools import lru_cache
 
-import numpy as np
 import torch
 from einops import rearrange
-from PIL import Image
 from torch import Tensor
 
 from perception.errors import ConfigError, LimitError
 from perception.media import read_image, to_rgb
-from perception.pixels import PixelSpec
+from perception.pixels import PixelSpec, normalize_into
 
 MAX_TILES = 1024  # a setting above this is a mistake: 36 tiles are 9472 tokens
 STRETCH = 16  # warn when a side is enlarged more than this
@@ -43,6 +41,11 @@ def choose_grid(width: int, height: int, tile: int = 448, max_tiles: int = 36) -
             raise ConfigError(f"{name}={value!r}; expected a whole number, 1 or more")
     if max_tiles > MAX_TILES:
         raise LimitError(f"max_tiles={max_tiles}; the limit is MAX_TILES={MAX_TILES}")
+    return _grid(width, height, tile, max_tiles)
+
+
+@lru_cache(4096)  # pictures of one camera have one size
+def _grid(width: int, height: int, tile: int, max_tiles: int) -> tuple[int, int]:
     fitting = _most_enlarging(width, height, tile, max_tiles)
     return fitting if fitting is not None else _nearest_shape(width, height, max_tiles)
 
@@ -55,17 +58,30 @@ def tile_image(
     spec: PixelSpec | None = None,
     thumbnail: bool = True,
     orient: bool = True,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """M 3 T T float32: the picture small, then its tiles row by row; `choose_grid` says how many.
+    """M 3 T T: the picture small, then its tiles row by row; `choose_grid` says how many.
 
     image      whatever `perception.media.read_image` reads
-    spec       mean, std and interpolation; its size must be `tile`. Bicubic, 0.5 and 0.5 by default
+    spec       mean, std and interpolation; its size must be `tile`. Bicubic, 0.5 and 0.5 by default. A fast one
+               (`spec.fast()`) resizes faster, within one code; JPEGs are decoded whole in any case
     thumbnail  False: the tiles alone. With max_tiles=1 that is the picture in one square
+    dtype      a floating dtype; computed in float32 and rounded once. `tile_codes` gives uint8
 
     The picture becomes RGB first, and then is stretched to the grid: its aspect ratio is not kept.
     """
+    if not dtype.is_floating_point:
+        raise ConfigError(f"normalised tiles of {dtype}; expected a floating dtype, or use tile_codes for uint8")
     spec = _spec(tile, spec)
-    return spec.normalize(tile_codes(image, tile, max_tiles, spec=spec, thumbnail=thumbnail, orient=orient))
+    views = _views(image, tile, max_tiles, spec, thumbnail, orient)
+    # Tile by tile, so that the passes of the arithmetic find what they need in the cache, straight to its place.
+    tiles = torch.empty(len(views), 3, tile, tile, dtype=dtype)
+    scratch = None if dtype == torch.float32 else torch.empty(3, tile, tile)
+    for place, codes in zip(tiles, views, strict=True):
+        numbers = normalize_into(place if scratch is None else scratch, codes, spec.mean, spec.std)
+        if scratch is not None:
+            place.copy_(numbers)
+    return tiles
 
 
 def tile_codes(
@@ -78,17 +94,26 @@ def tile_codes(
     orient: bool = True,
 ) -> Tensor:
     """M 3 T T uint8: `tile_image` before it is normalized."""
-    spec = _spec(tile, spec)
+    views = _views(image, tile, max_tiles, _spec(tile, spec), thumbnail, orient)
+    tiles = torch.empty(len(views), 3, tile, tile, dtype=torch.uint8)
+    for place, codes in zip(tiles, views, strict=True):
+        place.copy_(codes)
+    return tiles
+
+
+def _views(image: object, tile: int, max_tiles: int, spec: PixelSpec, thumbnail: bool, orient: bool) -> list[Tensor]:
+    """Each tile as a 3 T T view of the stretched picture; nothing is copied."""
     rgb = to_rgb(read_image(image, orient=orient))
     cols, rows = choose_grid(rgb.width, rgb.height, tile, max_tiles)
     if max(cols * tile / rgb.width, rows * tile / rgb.height) > STRETCH:
         warnings.warn(
             f"a picture of {rgb.width}x{rgb.height} is stretched to {cols}x{rows} tiles of {tile}, "
             f"{cols * rows + thumbnail} in all; a lower max_tiles than {max_tiles} would do",
-            stacklevel=2,
+            stacklevel=3,
         )
-    chunks = cut(_stretched(rgb, cols * tile, rows * tile, spec), cols, rows)
-    return torch.cat([_stretched(rgb, tile, tile, spec)[None], chunks]) if thumbnail else chunks
+    small = [spec.stretch(rgb, tile, tile)] if thumbnail else []
+    strips = spec.stretch(rgb, cols * tile, rows * tile).split(tile, dim=1)
+    return small + [codes for strip in strips for codes in strip.split(tile, dim=2)]
 
 
 def cut(pixels: Tensor, cols: int, rows: int) -> Tensor:
@@ -147,11 +172,6 @@ def _nearest_shape(width: int, height: int, max_tiles: int) -> tuple[int, int]:
     taller = (known for known in shapes if known > shape)
     nearest = min(taller, key=lambda known: abs(1 / known - 1 / shape))
     return max((grid for grid in arrangements(max_tiles) if grid[0] / grid[1] == nearest), key=lambda grid: grid[1])
-
-
-def _stretched(rgb: Image.Image, width: int, height: int, spec: PixelSpec) -> Tensor:
-    resized = rgb.resize((width, height), Image.Resampling[spec.interpolation.upper()])
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
 def _spec(tile: int, spec: PixelSpec | None) -> PixelSpec:
