@@ -6,7 +6,7 @@ N pictures  C embedding width
 import hashlib
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -18,9 +18,37 @@ from perception.errors import CheckpointError, ConfigError
 from perception.files import atomic_write
 from perception_encoder.images import Failure, pixel_batches
 
+if TYPE_CHECKING:
+    from perception_encoder.retrieval.parts import Parts
+
+
+@overload
+def embed(model: Any, images: Any, **settings: Any) -> Tensor: ...
+@overload
+def embed(model: Any, images: Any, *, out: str | Path, **settings: Any) -> "Parts": ...
+def embed(model: Any, images: Any, *, out: str | Path | None = None, **settings: Any) -> Any:
+    """One vector a picture, in the order given: N C float32 on the CPU; with `out`, parts on disk.
+
+    model      a CLIP model, or an encoder: its pooled output, or the mean of its patches where it has no pool
+    images     paths, a folder, bytes, PIL images, arrays, or B 3 S S prepared pixels; with `out` also tars, Parquet,
+               lines of text and videos, as `retrieval.sources.as_source` says
+    normalize  vectors of length 1, so that a dot product is a cosine
+    on_error   "raise" (the default without `out`) names the picture; "skip" and "log" (the default with `out`) leave it
+               out, and `failures`, where given, learns which
+    out        a folder for parts (`retrieval.parts` has their format): the work can be killed and started again, and
+               shared between processes, for which see `retrieval.pipeline.embed_parts`
+
+    batch_size=64, progress=False and workers= (threads that read) are for both.
+    """
+    if out is None:
+        return embed_images(model, images, **settings)
+    from perception_encoder.retrieval.pipeline import embed_parts
+
+    return embed_parts(model, images, out, **settings)
+
 
 @torch.inference_mode()
-def embed(
+def embed_images(
     model: Any,
     images: Any,
     *,
@@ -31,13 +59,7 @@ def embed(
     failures: list[Failure] | None = None,
     workers: int | None = None,
 ) -> Tensor:
-    """One vector a picture, in the order given: N C float32 on the CPU.
-
-    model      a CLIP model, or an encoder: its pooled output, or the mean of its patches where it has no pool
-    images     paths, a folder, bytes, PIL images, arrays, or B 3 S S prepared pixels
-    normalize  vectors of length 1, so that a dot product is a cosine
-    on_error   "raise" names the picture; "skip" and "log" leave it out, and `failures`, where given, learns which
-    """
+    """`embed` into memory."""
     rows = []
     batches = pixel_batches(
         images, model.preprocess, batch_size=batch_size, on_error=on_error, workers=workers, progress=progress
@@ -60,6 +82,13 @@ def embed_pixels(model: Any, pixels: Tensor) -> Tensor:
     if hasattr(model, "pooled") and getattr(model, "pool", True) is not None:
         return model.pooled(pixels)
     return model(pixels).patches.flatten(1, 2).mean(dim=1)
+
+
+def embed_texts(model: Any, texts: list[str]) -> Tensor:
+    """Texts -> B C, not normalised. Raises ConfigError for a model without a text tower."""
+    if not hasattr(model, "encode_text"):
+        raise ConfigError(f"{type(model).__name__} has no text tower; use a CLIP model, such as PE-Core, for texts")
+    return model.encode_text(model.tokenize(texts))
 
 
 def embedding_width(model: Any) -> int:
