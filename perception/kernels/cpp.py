@@ -16,7 +16,7 @@ import torch
 log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "cpu"
-FLAGS = ["-O3", "-march=native", "-fopenmp", "-std=c++20"]
+FLAGS = ["-O3", "-march=native", "-fopenmp", "-std=c++20", "-ffp-contract=fast"]
 STALE = 600.0  # seconds after which a build that holds the lock is taken for dead
 
 
