@@ -15,6 +15,7 @@ from typing import Protocol, Self, runtime_checkable
 import torch
 from torch import Tensor
 
+from perception.attention import attend, attend_packed
 from perception.errors import LimitError
 
 
@@ -42,6 +43,35 @@ class Past:
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values of a layer, the new ones among them: B S kv_heads head_dim."""
         return k, v
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What the new tokens read: B T heads head_dim.  q as many, k and v B T kv_heads head_dim, the new ones"""
+        k, v = self.extend(layer, k, v)
+        return attend(q, k, v, causal=self.mask is None, mask=self.mask)
+
+
+class Packed(Past):
+    """Documents laid end to end in one row: each starts at position 0, and sees nothing of the others.
+
+    lengths  of each; they sum to T, and B is 1
+
+    Given to the decoder as `cache=`; nothing is kept, so one value may serve any number of passes. Raises ValueError
+    when the lengths are not positive, or do not add up to the tokens.
+    """
+
+    def __init__(self, lengths: Sequence[int], device: torch.device | str | None = None):
+        self.lengths = list(lengths)
+        if not self.lengths or min(self.lengths) < 1:
+            raise ValueError(f"documents of {self.lengths} tokens; give at least one, of at least one token each")
+        super().__init__(torch.cat([torch.arange(n) for n in self.lengths])[None].to(device or "cpu"))
+
+    def past(self, new: int) -> "Packed":
+        if new != sum(self.lengths):
+            raise ValueError(f"documents of {self.lengths} tokens are {sum(self.lengths)}, but {new} were given")
+        return self
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attend_packed(q[0], k[0], v[0], self.lengths, causal=True)[None]
 
 
 class KVCache:

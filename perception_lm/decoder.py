@@ -6,10 +6,10 @@ B batch  T tokens  S tokens with those before  E width  V vocabulary  heads  kv_
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
-from perception.attention import attend
 from perception.rope import Rope, rope_1d, rotate
-from perception_lm.cache import KVCache, Past
+from perception_lm.cache import KVCache, Packed, Past
 from perception_lm.config import DecoderConfig
 
 
@@ -17,7 +17,7 @@ class Decoder(nn.Module):
     """Embeddings to the logits of the next token.
 
     x          B T E
-    cache      what came before; the T tokens are added to it
+    cache      what came before; the T tokens are added to it. Or `Packed`: documents laid end to end
     positions  B T, or T   where the tokens stand, without a cache; 0, 1, 2, ... by default
     mask       bool, broadcasts to B heads T T; True means "may look". Without a cache; causal by default
     last       which logits: None or 0 all; k the last k; a tensor B k of indices into T
@@ -33,31 +33,56 @@ class Decoder(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.norm = RMSNorm(config.width, config.norm_eps)
         self.head = None if config.tied else nn.Linear(config.width, config.vocab, bias=False)
+        self.grad_checkpointing = False
         self.reset_parameters()
 
     def forward(
         self,
         x: Tensor,
-        cache: KVCache | None = None,
+        cache: KVCache | Packed | None = None,
         *,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         last: int | Tensor | None = None,
     ) -> Tensor:
+        return self.logits(self.hidden(x, cache, positions=positions, mask=mask, last=last))
+
+    def hidden(
+        self,
+        x: Tensor,
+        cache: KVCache | Packed | None = None,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        last: int | Tensor | None = None,
+    ) -> Tensor:
+        """What the head reads, after the final norm: B T E, or B k E.  Arguments as `forward` takes them."""
         past = fresh(x, positions, mask) if cache is None else cache.past(x.shape[1])
+        if len(x) != len(past.positions):
+            raise ValueError(f"{len(x)} rows of tokens were given with a cache for {len(past.positions)}")
         rope = self.rope(past.positions)
+        again = self.grad_checkpointing and torch.is_grad_enabled() and not isinstance(cache, KVCache)
         for layer, block in enumerate(self.blocks):
-            x = block(x, rope, past, layer)
-        return self.logits(take(x, last))
+            inputs = (x, rope, past, layer)
+            x = checkpoint(block, *inputs, use_reentrant=False) if again else block(*inputs)
+        return self.norm(take(x, last))
 
     def embed(self, tokens: Tensor) -> Tensor:
         """B T int64 -> B T E"""
         return self.token_embed(tokens)
 
     def logits(self, x: Tensor) -> Tensor:
-        """The last block's output to logits: B k E -> B k V"""
-        x = self.norm(x)
+        """What `hidden` gives to logits: B k E -> B k V"""
         return F.linear(x, self.token_embed.weight) if self.head is None else self.head(x)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """V E, the embedding's own where the two are tied"""
+        return self.token_embed.weight if self.head is None else self.head.weight
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations (Chen et al. 2016)."""
+        self.grad_checkpointing = enable
 
     def rope(self, positions: Tensor) -> Rope:
         """cos, sin, each B*T head_dim/2, float32"""
@@ -119,8 +144,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor, rope: Rope, past: Past, layer: int) -> Tensor:  # B T E -> B T E
         q, k, v = (part(x).unflatten(-1, (-1, self.head_dim)) for part in (self.q, self.k, self.v))
         q, k = turn(q, rope), turn(k, rope)  # B T heads head_dim, B T kv_heads head_dim
-        k, v = past.extend(layer, k, v)  # B S kv_heads head_dim
-        return self.o(attend(q, k, v, causal=past.mask is None, mask=past.mask).flatten(2))
+        return self.o(past.attend(layer, q, k, v).flatten(2))
 
 
 class GatedMlp(nn.Module):

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from perception.errors import RequestError
+from perception.errors import ConfigError, RequestError
 from perception_encoder.protocol import VisionEncoder
 from perception_encoder.vision import VisionTransformer
 from perception_lm.config import PlmConfig, check_widths
@@ -104,6 +104,18 @@ class PerceptionLM(nn.Module):
         like = next((p for p in self.parameters() if p.is_floating_point()), pixels)
         parts = pixels.split(self.media_chunk or len(pixels))
         return torch.cat([self.projector(self.encoder(part.to(like)).patches) for part in parts])
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks of encoder and decoder in the backward pass instead of keeping their activations.
+
+        Raises ConfigError when neither can; one that cannot stays as it is.
+        """
+        parts = [part for part in (self.encoder, self.decoder) if hasattr(part, "set_grad_checkpointing")]
+        if not parts:
+            names = f"{type(self.encoder).__name__} and {type(self.decoder).__name__}"
+            raise ConfigError(f"{names} cannot recompute activations: they have no set_grad_checkpointing()")
+        for part in parts:
+            part.set_grad_checkpointing(enable)
 
     @property
     def device(self) -> torch.device:
