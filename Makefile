@@ -13,7 +13,7 @@ demo: $(VENV)/.demo ## classify, embed, search and show bundled pictures, offlin
 test: $(VENV)/.test ## the tests: CPU, offline
 	$(BIN)/python -m pytest
 
-test-slow: $(VENV)/.test ## the tests that take minutes
+test-slow: $(VENV)/.slow ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow
 
 lint: $(VENV)/.test
@@ -48,6 +48,10 @@ $(VENV)/.demo: $(RECIPE) | $(BIN)/python
 $(VENV)/.test: $(RECIPE) | $(BIN)/python
 	$(INSTALL) -e '.[dev]'
 	touch $@ $(VENV)/.demo
+
+$(VENV)/.slow: $(RECIPE) | $(BIN)/python
+	$(INSTALL) -e '.[dev,ray]'
+	touch $@ $(VENV)/.demo $(VENV)/.test
 
 $(VENV)/.nano: $(RECIPE) | $(BIN)/python
 	$(INSTALL) -e '.[video,train]'
