@@ -60,7 +60,7 @@ def gradients(model: PerceptionLM, again: bool) -> tuple[dict[str, torch.Tensor]
         nonlocal calls
         calls += 1
 
-    handles = [block.register_forward_hook(count) for block in model.decoder.blocks]
+    handles = [block.register_forward_pre_hook(count) for block in model.decoder.blocks]
     ids, pixels = golden.random_prompt(0, 2, 10)
     tokens = torch.tensor([ids])
     logits = model(tokens, pixels, cache=Packed([8, tokens.shape[1] - 8]))
