@@ -216,12 +216,78 @@ at::Tensor attention(const at::Tensor& qkv, int64_t heads, const std::optional<a
   return out;
 }
 
+// Each query looks at a few rows named one by one: a tree of texts, where a token's row serves every text it begins.
+//
+// q     R D, rows that look          kv  T 2 D, all rows' keys and values      bias 3 D: of q, k and v
+// path  R L int32, the rows each query looks at, itself among them; lengths R int32, how many of the L count
+at::Tensor attention_paths(const at::Tensor& q, const at::Tensor& kv, const at::Tensor& path, const at::Tensor& lengths,
+                           int64_t heads, const std::optional<at::Tensor>& bias) {
+  const int64_t R = q.size(0), D = q.size(1), L = path.size(1), T = kv.size(0), d = D / heads;
+  TORCH_CHECK(q.scalar_type() == at::kFloat && kv.scalar_type() == at::kFloat, "q and kv are float32");
+  TORCH_CHECK(q.dim() == 2 && kv.dim() == 2 && q.stride(1) == 1 && kv.stride(1) == 1 && kv.size(1) == 2 * D,
+              "q is R D and kv T 2*D; given ", q.sizes(), " and ", kv.sizes());
+  TORCH_CHECK(D % heads == 0 && d <= 128, "head_dim must be at most 128; given ", d);
+  TORCH_CHECK(path.scalar_type() == at::kInt && path.is_contiguous() && path.size(0) == R &&
+                  lengths.scalar_type() == at::kInt && lengths.is_contiguous() && lengths.numel() == R,
+              "path is R L and lengths R, both contiguous int32; given ", path.sizes(), " and ", lengths.sizes());
+  const float* offset = floats(bias, {3 * D}, "bias");
+  at::Tensor out = at::empty({R, D}, q.options());
+  const int32_t *rows = path.const_data_ptr<int32_t>(), *counts = lengths.const_data_ptr<int32_t>();
+  for (int64_t r = 0; r < R; r++) {
+    TORCH_CHECK(counts[r] > 0 && counts[r] <= L, "a query looks at 1 to ", L, " rows; given ", counts[r]);
+    for (int64_t l = 0; l < counts[r]; l++)
+      TORCH_CHECK(rows[r * L + l] >= 0 && rows[r * L + l] < T, "no row ", rows[r * L + l], " among ", T);
+  }
+  const float *queries = q.const_data_ptr<float>(), *keys = kv.const_data_ptr<float>();
+  float* to = out.mutable_data_ptr<float>();
+  const int64_t q_row = q.stride(0), kv_row = kv.stride(0);
+  const float scale = 1.0f / std::sqrt(float(d));
+  at::parallel_for(0, R, 8, [&](int64_t begin, int64_t end) {
+    static thread_local Scratch scratch;
+    const int64_t padded = round_up(L, VL);
+    float* scores = scratch.floats(padded);
+    for (int64_t r = begin; r < end; r++) {
+      const int64_t count = counts[r];
+      const int32_t* seen = rows + r * L;
+      for (int64_t h = 0; h < heads; h++) {
+        float query[128], sums[128];
+        // A bias of the keys adds the same to all scores of a query, which softmax does not see.
+        for (int64_t i = 0; i < d; i++)
+          query[i] = (queries[r * q_row + h * d + i] + (offset ? offset[h * d + i] : 0.0f)) * scale;
+        for (int64_t l = 0; l < count; l++) {
+          const float* key = keys + seen[l] * kv_row + h * d;
+          vf total{};
+          int64_t i = 0;
+          for (; i + VL <= d; i += VL) total += load(query + i) * load(key + i);
+          float dot = sum(total);
+          for (; i < d; i++) dot += query[i] * key[i];
+          scores[l] = dot;
+        }
+        const float over = soften(scores, count, round_up(count, VL));
+        for (int64_t i = 0; i < d; i++) sums[i] = 0.0f;
+        for (int64_t l = 0; l < count; l++) {
+          const float* value = keys + seen[l] * kv_row + D + h * d;
+          const float p = scores[l];
+          for (int64_t i = 0; i < d; i++) sums[i] += p * value[i];
+        }
+        for (int64_t i = 0; i < d; i++) // the weights add up to 1, and so does what they put before the bias
+          to[r * D + h * d + i] = sums[i] * over + (offset ? offset[2 * D + h * d + i] : 0.0f);
+      }
+    }
+  });
+  return out;
+}
+
 } // namespace
 
 TORCH_LIBRARY_FRAGMENT(perception, m) {
   m.def("attention(Tensor qkv, int heads, Tensor? bias, Tensor? cos, Tensor? sin, bool causal) -> Tensor");
+  m.def("attention_paths(Tensor q, Tensor kv, Tensor path, Tensor lengths, int heads, Tensor? bias) -> Tensor");
 }
 
-TORCH_LIBRARY_IMPL(perception, CPU, m) { m.impl("attention", attention); }
+TORCH_LIBRARY_IMPL(perception, CPU, m) {
+  m.impl("attention", attention);
+  m.impl("attention_paths", attention_paths);
+}
 
 } // namespace perception

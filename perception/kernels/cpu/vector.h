@@ -21,6 +21,7 @@ constexpr int ROWS = 6;
 
 typedef float vf __attribute__((vector_size(VL * 4)));
 typedef int32_t vi __attribute__((vector_size(VL * 4)));
+typedef uint8_t vb __attribute__((vector_size(VL)));
 
 inline vf load(const float* p) {
   vf x;
@@ -63,11 +64,11 @@ inline float highest(vf x) {
   return top;
 }
 
-// e^x for x <= 0 or small: 2^n (1 + r + ...), relative error about 1e-7. Below -87 it is 0.
+// e^x for x <= 0 or small: 2^n (1 + r + ...), relative error about 1e-7. Below -87 it is 0; a NaN stays one.
 inline vf exp(vf x) {
   const vf low = fill(-87.0f);
-  const vi alive = x > low;
-  x = max(x, low);
+  const vi alive = ~(x < low);
+  x = x < low ? low : x;
   const vf magic = fill(12582912.0f); // 1.5 * 2^23: adding it rounds to a whole number
   const vf n = (x * 1.44269504f + magic) - magic;
   const vf r = (x - n * 0.693359375f) + n * 2.12194440e-4f;
