@@ -22,10 +22,10 @@ def record(name: str, result: dict[str, Any], packages: tuple[str, ...] = PACKAG
     path = RESULTS / f"{name}.json"
     facts = {
         "command": " ".join(["python", *(os.path.relpath(a, ROOT) if a.endswith(".py") else a for a in sys.argv)]),
-        "commit": _git("rev-parse", "HEAD"),
-        "clean": not _git("status", "--porcelain", "--untracked-files=no"),
+        "commit": git("rev-parse", "HEAD"),
+        "clean": not git("status", "--porcelain", "--untracked-files=no"),
         "machine": machine(),
-        "versions": {"python": platform.python_version(), **{p: _version(p) for p in packages}},
+        "versions": {"python": platform.python_version(), **versions(packages)},
     }
     with atomic_write(path) as temporary:
         temporary.write_text(json.dumps({**facts, **result}, indent=2, ensure_ascii=False) + "\n", "utf-8")
@@ -42,6 +42,10 @@ def spread(values: list[float], digits: int = 4) -> dict[str, float | int]:
     }
 
 
+def versions(packages: tuple[str, ...]) -> dict[str, str]:
+    return {package: _version(package) for package in packages}
+
+
 def machine() -> str:
     """Processor, cores and memory, as Linux tells them."""
     info = Path("/proc/cpuinfo")
@@ -50,7 +54,7 @@ def machine() -> str:
     return f"{names[0] if names else platform.processor()}, {os.cpu_count()} cores, {memory:.0f} GiB"
 
 
-def _git(*arguments: str) -> str:
+def git(*arguments: str) -> str:
     done = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=False)
     return done.stdout.strip()
 

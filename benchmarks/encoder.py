@@ -1,0 +1,210 @@
+"""How fast is the image tower, beside timm's on the same weights and beside the machine's matrix product?
+
+    python benchmarks/encoder.py                              # every case
+    python benchmarks/encoder.py --only "B16-224 batch 8 fp32" --threads 2
+    python benchmarks/encoder.py --only compile               # timm after torch.compile and freezing
+
+open_clip's tower of these names is timm's module, so timm stands for both. "oneDNN flag" is timm with
+`torch.backends.mkldnn.matmul.fp32_precision = "bf16"`, a public switch that sends float32 through oneDNN; where the
+processor multiplies bfloat16 natively it rounds, and the difference is written down. A contender whose one call takes
+longer than 15 s is left out, and said so.
+"""
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from harness import Call, Gate, Limit, Options, describe, options, race, save, show
+from peers import DTYPES, agree, flops, gemm, onednn_fp32, timm_tower, tower
+from torch import Tensor, nn
+
+from perception.optimize import optimize
+
+MODELS = {"B16-224": "PE-Core-B16-224", "L14-336": "PE-Core-L14-336"}
+TOO_SLOW = 15.0  # seconds a call
+AMD_512, AMD_BF16 = ("AMD", "avx512f"), ("AMD", "avx512_bf16")
+VNNI = ("avx512_bf16", "avx512_vnni")
+
+
+@dataclass(frozen=True)
+class Case:
+    model: str
+    batch: int
+    dtype: str  # fp32, bf16, int8 (against bf16 peers)
+    compiled: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.model} batch {self.batch} {self.dtype}{' compile' if self.compiled else ''}"
+
+
+CASES = [
+    *(Case("B16-224", batch, dtype) for batch in (1, 8) for dtype in ("fp32", "bf16", "int8")),
+    *(Case("L14-336", 1, dtype) for dtype in ("fp32", "bf16", "int8")),
+    *(Case(model, batch, "bf16", True) for model, batch in (("B16-224", 1), ("B16-224", 8), ("L14-336", 1))),
+]
+QUICK = [Case("B16-224", 1, "fp32")]
+
+
+def gates(case: Case, threads: int) -> list[Gate]:
+    """What was promised of a case; a promise for both cores is not asked of one."""
+    name, large = str(case).removesuffix(" compile"), case.model == "L14-336"
+    best, flag, compiled = ("timm",), ("timm, oneDNN flag",), ("timm, compile + freezing",)
+    if case.compiled:
+        least, aim = (1.2, 1.35) if large else (1.15, 1.3)
+        what = f"{name} / compile + freezing"
+        return [Gate(what=what, ours="ours", peers=compiled, least=least, aim=aim, needs=AMD_BF16)]
+    if case.dtype == "int8":
+        return [Gate(what=f"{name} / best peer in bf16", ours="ours", peers=best, least=1.9, aim=2.5, needs=VNNI)]
+    fp32 = case.dtype == "fp32"
+    needs = AMD_512 if fp32 else AMD_BF16
+    least, aim = {True: (1.9, 2.2) if large else (2.0, 2.7), False: (1.45, 2.1) if large else (1.3, 1.6)}[fp32]
+    found = [Gate(what=f"{name} / best peer by default", ours="ours", peers=best, least=least, aim=aim, needs=needs)]
+    if fp32 and not large:
+        what = f"{name} / peer with the oneDNN flag"
+        found.append(Gate(what=what, ours="ours", peers=flag, least=1.15, aim=1.4, needs=needs))
+    share = {"B16-224": (0.85, 0.97 if fp32 else 0.95), "L14-336": (0.72, 0.85)}[case.model]
+    if case.batch == 8 or large:
+        what = f"{name}: share of the matrix product's rate"
+        found.append(Gate(what=what, ours="ours", least=share[0], aim=share[1], needs=() if fp32 else AMD_BF16))
+    return found
+
+
+class Child:
+    """timm after torch.compile with freezing, in a process of its own: inductor's caches do not know the difference
+    between a frozen graph and one that is not."""
+
+    def __init__(self, case: Case, weights: nn.Module, pixels: Tensor, threads: int):
+        self.file = f"/tmp/perception-encoder-{id(self)}.pt"
+        torch.save({"state": weights.state_dict(), "pixels": pixels}, self.file)
+        arguments = [sys.executable, __file__, "--child", MODELS[case.model], self.file, str(threads)]
+        self.process = subprocess.Popen(arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self.about = self._read()  # waits for the compilation
+
+    def __call__(self) -> None:
+        self._write("run")
+        self._read()
+
+    def output(self) -> Tensor:
+        self._write("save")
+        self._read()
+        return torch.load(self.file)
+
+    def close(self) -> None:
+        self._write("end")
+        self.process.wait()
+
+    def _write(self, word: str) -> None:
+        assert self.process.stdin is not None
+        self.process.stdin.write(word + "\n")
+        self.process.stdin.flush()
+
+    def _read(self) -> dict:
+        assert self.process.stdout is not None
+        for line in self.process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise RuntimeError("the compiling child ended early")
+
+
+@torch.inference_mode()
+def child(name: str, file: str, threads: str) -> None:
+    torch.set_num_threads(int(threads))
+    import torch._inductor.config as inductor
+
+    inductor.freezing = True
+    found = torch.load(file)
+    theirs = timm_tower(tower(name))
+    theirs.to(found["pixels"].dtype).load_state_dict(found["state"])
+    run, start = torch.compile(theirs), time.perf_counter()
+    output = run(found["pixels"])
+    print(json.dumps({"compile seconds": time.perf_counter() - start}), flush=True)
+    for line in sys.stdin:
+        if line.strip() == "end":
+            return
+        if line.strip() == "save":
+            torch.save(output, file)
+        else:
+            output = run(found["pixels"])
+        print("{}", flush=True)
+
+
+def limit_of(case: Case, model: nn.Module, dtype: torch.dtype) -> Limit:
+    """The first product of the MLP: the largest there is, in the model's own shape."""
+    config = model.config
+    rows = case.batch * (config.grid**2 + config.class_token)
+    rows = min(rows, 2048)  # beyond it the rate does not change, and the sample only gets longer
+    return gemm(dtype, rows, config.width, config.mlp_width, "int8" if case.dtype == "int8" else None)
+
+
+def contenders(
+    case: Case, plain: nn.Module, theirs: nn.Module, pixels: Tensor, threads: int
+) -> Iterator[tuple[str, Call]]:
+    fast = optimize(plain, "int8" if case.dtype == "int8" else None)
+    yield "ours", lambda: fast.pooled(pixels)
+    if case.compiled:
+        yield "timm, compile + freezing", Child(case, theirs, pixels, threads)
+        return
+    yield "ours, plain", lambda: plain.pooled(pixels)
+    yield "timm", lambda: theirs(pixels)
+    if case.dtype == "fp32":
+
+        def flagged() -> Tensor:
+            with onednn_fp32():
+                return theirs(pixels)
+
+        yield "timm, oneDNN flag", flagged
+
+
+@torch.inference_mode()
+def measure(case: Case, threads: int, chosen: Options) -> dict:
+    torch.set_num_threads(threads)
+    dtype = DTYPES["fp32" if case.dtype == "fp32" else "bf16"]
+    plain = tower(MODELS[case.model]).to(dtype)
+    theirs, side = timm_tower(plain), plain.config.image_size
+    pixels = torch.randn(case.batch, 3, side, side, generator=torch.Generator().manual_seed(0)).to(dtype)
+    calls: dict[str, Call] = {}
+    outputs, left_out, about = {}, {}, {}
+    for name, call in contenders(case, plain, theirs, pixels, threads):
+        start = time.perf_counter()
+        outputs[name] = call.output() if isinstance(call, Child) else call()
+        if (took := time.perf_counter() - start) > TOO_SLOW:
+            left_out[name] = f"one call takes {took:.0f} s here"
+        else:
+            calls[name] = call
+        about |= call.about if isinstance(call, Child) else {}
+    bounds = {"fp32": {"relative": 1e-4}, "bf16": {"cosine": 0.999}, "int8": {"cosine": 0.999}}[case.dtype]
+    flagged = {name: outputs.pop(name) for name in list(outputs) if "flag" in name}
+    differences = agree(outputs["timm, compile + freezing" if case.compiled else "timm"], outputs, **bounds)
+    if flagged:
+        differences |= agree(outputs["timm"], flagged, cosine=0.999)
+    work = dict.fromkeys(calls, case.batch * flops(plain))
+    if "ours" in calls:
+        found = race(calls, limit_of(case, plain, dtype), work=work, rounds=chosen.rounds, least=chosen.least)
+    for call in calls.values():
+        if isinstance(call, Child):
+            call.close()
+    return describe(
+        found, gates(case, threads), threads, **{"differences": differences, "left out": left_out, "compiling": about}
+    )
+
+
+def main() -> None:
+    if "--child" in sys.argv:
+        child(*sys.argv[sys.argv.index("--child") + 1 :])
+        return
+    chosen, cases = options(__doc__), {}
+    for threads in chosen.threads:
+        for case in QUICK if chosen.quick else CASES:
+            name = f"{case}, {threads} threads"
+            if chosen.wants(name):
+                cases[name] = measure(case, threads, chosen)
+                show(str(case), cases[name])
+                save("encoder", __doc__, cases, chosen)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""Other libraries on our weights, and the kernels that say what the machine can do.
+
+Nothing is downloaded: a model of ours is filled with seeded random numbers and converted by the tables that read and
+write the published files, so every contender computes the same function.
+"""
+
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+from harness import Limit
+from torch import Tensor, nn
+
+from perception.checkpoint import convert
+from perception_encoder.checkpoints import OPEN_CLIP_CLIP, TIMM_TOWER
+from perception_encoder.clip import CLIP
+from perception_encoder.vision import VisionTransformer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def shim() -> None:
+    """Let timm, open_clip and transformers be imported where torch is a CPU build and torchvision a CUDA build.
+
+    torchvision then cannot load its operators; two are looked up at import and called by nothing that runs here.
+    """
+    try:
+        torchvision = version("torchvision")
+    except PackageNotFoundError:
+        return
+    if "+cpu" in torch.__version__ and "+cpu" not in torchvision:
+        for name in ("nms", "qnms"):
+            try:
+                torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float t) -> Tensor")
+            except RuntimeError:  # declared already
+                return
+
+
+# --- models ---------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def randomise(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Seeded numbers of a trained model's order of size: nothing is exactly 0 or 1. The memory may be uninitialised."""
+    g = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        noise = torch.empty(parameter.shape).normal_(generator=g)
+        if parameter.ndim > 1:
+            parameter.copy_(noise.mul_(parameter[0].numel() ** -0.5))
+        elif parameter.ndim == 1:
+            middle = 0.1 if name.endswith("gamma") else float("norm" in name and name.endswith("weight"))
+            parameter.copy_(noise.mul_(0.02).add_(middle))
+        else:
+            parameter.fill_(4.6)  # the scale of a trained pair, exp(4.6) = 100
+    return model.eval()
+
+
+def tower(name: str) -> VisionTransformer:
+    from perception_encoder.zoo import MODELS
+
+    with torch.device("meta"):
+        model = VisionTransformer(MODELS.get(name).vision)
+    return randomise(model.to_empty(device="cpu"))  # type: ignore[return-value]
+
+
+def clip(name: str, *, vision_depth: int | None = None) -> CLIP:
+    """A pair of towers; the vision tower may be cut short where only the text is measured."""
+    from perception_encoder.text import TextTransformer
+    from perception_encoder.zoo import MODELS
+
+    entry = MODELS.get(name)
+    vision = entry.vision if vision_depth is None else replace(entry.vision, depth=vision_depth)
+    with torch.device("meta"):
+        model = CLIP(VisionTransformer(vision), TextTransformer(entry.text))
+    return randomise(model.to_empty(device="cpu"))  # type: ignore[return-value]
+
+
+def timm_tower(model: VisionTransformer) -> nn.Module:
+    """timm's model with our weights. open_clip wraps this very module for the same names."""
+    shim()
+    import timm
+
+    from perception_encoder.zoo import timm_name
+
+    theirs = timm.create_model(timm_name(model.config), pretrained=False)
+    return fill(theirs, convert(model.state_dict(), TIMM_TOWER, back=True))
+
+
+def open_clip_model(model: CLIP, name: str = "PE-Core-B-16") -> nn.Module:
+    """open_clip's model of both towers with our weights."""
+    shim()
+    import open_clip
+
+    theirs = open_clip.create_model(name, pretrained=None, load_weights=False)
+    return fill(theirs, convert(model.state_dict(), OPEN_CLIP_CLIP, back=True))
+
+
+def fill(model: nn.Module, state: Mapping[str, Tensor]) -> nn.Module:
+    """Strictly, without a second copy: what both sides call a parameter is one tensor."""
+    missing, extra = model.load_state_dict(dict(state), strict=False, assign=True)
+    computed = {name for name, _ in model.named_buffers()}
+    if extra or set(missing) - computed:
+        raise AssertionError(f"the conversion does not fit: missing {sorted(missing)[:3]}, extra {sorted(extra)[:3]}")
+    return model.eval()
+
+
+def parameters(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def flops(model: VisionTransformer) -> float:
+    """Of one picture of native size: every matrix product, attention's and the pool's among them."""
+    config = model.config
+    n, D = config.grid**2 + config.class_token, config.width
+    block = 2 * n * D * (4 * D + 2 * config.mlp_width) + 4 * n * n * D
+    pool = 2 * n * D * 2 * D + 2 * D * D * 2 + 2 * D * config.mlp_width * 2 if config.pool else 0
+    return config.depth * block + 2 * config.grid**2 * D * 3 * config.patch_size**2 + pool
+
+
+@contextmanager
+def onednn_fp32() -> Any:
+    """The public switch that sends float32 products through oneDNN. Where the processor has bfloat16, it rounds."""
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    torch.backends.mkldnn.matmul.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+# --- limits ---------------------------------------------------------------------------------------------------------
+
+
+def gemm(dtype: torch.dtype, m: int, k: int, n: int, quantize: str | None = None) -> Limit:
+    """One product of a model's shape in the form that is fastest here."""
+    from perception.kernels.linear import pack
+
+    x = torch.randn(m, k).to(dtype)
+    layer = pack(torch.randn(n, k).to(dtype), torch.randn(n).to(dtype), dtype=dtype, quantize=quantize, rows=m)
+    return Limit(lambda: layer(x), 2.0 * m * k * n)
+
+
+def read_sweep(size: int = 512 << 20) -> Limit:
+    """Reading memory: far more than any cache holds."""
+    block = torch.ones(size // 8, dtype=torch.int64)
+    return Limit(lambda: block.sum(), float(block.nbytes), "GB/s")
+
+
+# --- equality -------------------------------------------------------------------------------------------------------
+
+
+def agree(
+    wanted: Tensor, found: Mapping[str, Tensor], *, relative: float | None = None, cosine: float | None = None
+) -> dict[str, dict[str, float]]:
+    """How far each is from `wanted`; AssertionError beyond the bound. Nothing is timed that computes something else."""
+    wanted = wanted.float()
+    table = {}
+    for name, value in found.items():
+        value = value.float()
+        error = float((value - wanted).norm() / wanted.norm())
+        likeness = float(nn.functional.cosine_similarity(value.flatten(1), wanted.flatten(1)).min())
+        table[name] = {"relative error": float(f"{error:.3g}"), "cosine": round(likeness, 6)}
+        if (relative is not None and not error <= relative) or (cosine is not None and not likeness >= cosine):
+            raise AssertionError(f"{name} computes something else: {table[name]}; expected {relative=} {cosine=}")
+    return table
