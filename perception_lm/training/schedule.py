@@ -1,6 +1,7 @@
 """The optimiser and the learning-rate schedule of the published models."""
 
 import math
+from typing import Literal
 
 import torch
 from torch import nn
@@ -27,3 +28,40 @@ def adamw(model: nn.Module, lr: float, weight_decay: float = 0.1) -> torch.optim
     """AdamW as published: betas 0.9 and 0.95, and the decay on every parameter that learns, norms and biases too."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay)
+
+
+Schedule = Literal["cosine", "constant", "linear", "inv_sqrt", "wsd", "trapezoid"]
+
+
+def factor(kind: Schedule, step: int, steps: int, *, warmup: int = 0, floor: float = 0.01, decay: int = 0) -> float:
+    """What the learning rate is multiplied by at a step, after a linear warm-up from 0.
+
+    cosine, linear  down to `floor` at the end
+    inv_sqrt        sqrt(warmup / step)
+    constant        1 from the first step on, without a warm-up
+    wsd             1, then over the last `decay` steps (a tenth when 0) as published: harmonically, and not to the end
+    trapezoid       1, then over the last `decay` steps on a line to `floor`
+
+    Raises ConfigError for a warm-up that does not end before `steps`, and a decay that does not fit behind it.
+    """
+    if kind == "cosine":
+        return cosine_factor(step, warmup=warmup, steps=steps, floor=floor)
+    if not 0 <= warmup < steps or not 0 <= floor <= 1 or not 0 <= decay <= steps - warmup:
+        raise ConfigError(
+            f"warmup={warmup}, decay={decay}, steps={steps}, floor={floor}: expected warmup + decay <= steps and "
+            "a floor of 0 to 1"
+        )
+    if kind == "constant":
+        return 1.0
+    if step < warmup:
+        return step / warmup
+    if kind == "linear":
+        return floor + (1 - floor) * max(0.0, (steps - step) / (steps - warmup))
+    if kind == "inv_sqrt":
+        return math.sqrt(max(1, warmup) / max(1, step))
+    if kind == "wsd" and floor:
+        done = max(0, min(step, steps) - (steps - (decay or steps // 10))) / steps
+        return 1 / (done / floor + 1 - done)
+    if kind == "trapezoid" and step > steps - decay:
+        return floor + (1 - floor) * max(0.0, (steps - step) / decay)
+    return 1.0

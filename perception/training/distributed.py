@@ -1,0 +1,155 @@
+"""Several processes as one: started by `torchrun`, sharded by FSDP2, and able to stop together."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from perception.device import pick_device
+from perception.errors import ConfigError
+
+Sharding = Literal["auto", "none", "full", "hybrid"]
+Precision = Literal["fp32", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """On what, and how.
+
+    device         as everywhere; under torchrun each process takes the one of its local rank
+    precision      "bf16": bf16 passes over fp32 weights, gradients summed in fp32
+    shard          "full": parameters over all processes; "hybrid": over those of a node, copied between nodes;
+                   "none": one process; "auto": "full" where there are several
+    replicas       copies for "hybrid"; the number of nodes when 0
+    checkpointing  recompute each block in the backward pass instead of keeping its activations
+    compile        compile each block
+    timeout        seconds until a process that hears nothing from another gives up
+    threads        of torch in each process; 0 leaves them
+    """
+
+    device: str = "auto"
+    precision: Precision = "fp32"
+    shard: Sharding = "auto"
+    replicas: int = 0
+    checkpointing: bool = False
+    compile: bool = False
+    timeout: float = 600.0
+    threads: int = 0
+
+
+class World:
+    """The processes of a run; by default, this one alone.
+
+    rank, size   which of how many
+    grouped      whether they talk through torch's process group; one process may be a group of its own
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None, grouped: bool = False):
+        self.rank, self.size, self.grouped = rank, size, grouped
+        self.device = device or torch.device("cpu")
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def total(self, values: Sequence[float]) -> list[float]:
+        """The sum of each value over all processes."""
+        return self._reduce(values, "SUM")
+
+    def largest(self, values: Sequence[float]) -> list[float]:
+        return self._reduce(values, "MAX")
+
+    def any(self, flag: bool) -> bool:
+        return bool(self._reduce([float(flag)], "MAX")[0])
+
+    def same(self, value: Any) -> Any:
+        """What the first process gave."""
+        if self.size == 1:
+            return value
+        box = [value]
+        torch.distributed.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def gather(self, value: Any) -> list[Any]:
+        if self.size == 1:
+            return [value]
+        found: list[Any] = [None] * self.size
+        torch.distributed.all_gather_object(found, value)
+        return found
+
+    def _reduce(self, values: Sequence[float], how: str) -> list[float]:
+        if self.size == 1:
+            return list(values)
+        tensor = torch.tensor(list(values), dtype=torch.float64, device=self.device)
+        torch.distributed.all_reduce(tensor, getattr(torch.distributed.ReduceOp, how))
+        return tensor.tolist()
+
+
+@contextmanager
+def processes(config: EngineConfig) -> Iterator[World]:
+    """The world that the environment describes, for as long as the block lasts.
+
+    Raises ConfigError for a device that is not here.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
+    rank = int(os.environ["RANK"]) if size > 1 else 0
+    name = config.device
+    if size > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
+        name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+    device = pick_device(name)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    # Sharded parameters are also how bf16 passes keep fp32 weights, with one process too.
+    if not (grouped := size > 1 or config.precision == "bf16" or config.shard in ("full", "hybrid")):
+        yield World(device=device)
+        return
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
+    torch.distributed.init_process_group(backend, timeout=timedelta(seconds=config.timeout), **alone)
+    try:
+        yield World(rank, size, device, grouped)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+def shard(whole: nn.Module, units: Sequence[nn.Module], config: EngineConfig, world: World) -> None:
+    """Spread the parameters of a module over the processes; each unit's are gathered when it is needed.
+
+    units  blocks, each of which fits on a device beside the activations; the whole keeps the rest
+    """
+    if not world.grouped:
+        return
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    kind = world.device.type
+    if config.shard == "hybrid":
+        copies = config.replicas or max(1, world.size // int(os.environ.get("LOCAL_WORLD_SIZE", str(world.size))))
+        if world.size % copies:
+            raise ConfigError(f"replicas={copies} of {world.size} processes; expected a divisor")
+        mesh = init_device_mesh(kind, (copies, world.size // copies), mesh_dim_names=("replicate", "shard"))
+    else:
+        mesh = init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))
+    half = config.precision == "bf16"
+    # Positions and rotations stay as precise as they are given: inputs are not cast on the way into a block.
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if half else None,
+        reduce_dtype=torch.float32 if half else None,
+        cast_forward_inputs=False,
+    )
+    for unit in units:
+        fully_shard(unit, mesh=mesh, mp_policy=policy)
+    fully_shard(whole, mesh=mesh, mp_policy=policy)
+
+
+def whole_tensor(tensor: Tensor) -> Tensor:
+    """A sharded tensor, put together; a plain one as it is."""
+    full = getattr(tensor, "full_tensor", None)
+    return tensor if full is None else full()

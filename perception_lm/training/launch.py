@@ -1,0 +1,85 @@
+"""What `perception train` does."""
+
+import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from perception.training.distributed import processes
+from perception_lm.assistant import Assistant
+from perception_lm.training.export import write_models
+from perception_lm.training.run import Run, make_trainer
+
+log = logging.getLogger(__name__)
+
+
+def train(
+    run: Run,
+    *,
+    assistant: Assistant | None = None,
+    sources: Mapping[str, Any] | None = None,
+    after_step: Any = None,
+    progress: bool | None = None,
+) -> bool:
+    """Train to the end of a run, from its newest checkpoint if it was begun before. False when it was told to stop.
+
+    assistant   a model to start from, in place of the run file's; it is changed
+    sources     name -> samples, beside those of the run file: lists of rows, or objects asked by number
+    after_step  called with the trainer and the record's line after every step
+    progress    whether to show a bar; where there is a terminal when not given
+
+    At the end the model is in `out/model` (and `out/adapter`). Raises what `make_trainer` and `Trainer.run` raise.
+    """
+    with processes(run.engine) as world:
+        trainer = make_trainer(
+            run, world, assistant=assistant, sources=sources, after_step=after_step, progress=progress
+        )
+        done = trainer.run()
+        if done and run.export and trainer.facts["model"] is not None:
+            for folder in write_models(trainer, run):
+                log.info("written: %s", folder)
+        world.any(False)  # nobody leaves before the first has written
+        return done
+
+
+def rehearse(
+    run: Run, *, assistant: Assistant | None = None, sources: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """One step of a run in a folder of its own that is thrown away: shapes, parameters, memory, time."""
+    import tempfile
+
+    with processes(run.engine) as world, tempfile.TemporaryDirectory() as folder:
+        shared = world.same(folder)
+        trial = replace(run, out=str(Path(shared) / "run"))
+        trainer = make_trainer(trial, world, assistant=assistant, sources=sources, progress=False)
+        parts: dict[str, dict[str, int]] = {}
+        for name, p in trainer.task.named_parameters():
+            part = parts.setdefault(name.removeprefix("model.").split(".")[0], {"parameters": 0, "learn": 0})
+            part["parameters"] += p.numel()
+            part["learn"] += p.numel() * p.requires_grad
+        passes = []
+
+        def watched(steps: Any) -> Any:
+            for step in steps:
+                packs = list(step.packs)
+                passes.extend(packs)
+                yield replace(step, packs=iter(packs))
+
+        line = trainer.advance(watched(trainer.data.steps(0)))
+        return {
+            "out": run.out,
+            "processes": world.size,
+            "device": str(world.device),
+            "parts": parts,
+            "passes": [
+                {
+                    "tokens": list(pack.tokens.shape),
+                    "samples": len(pack.lengths),
+                    "learned": pack.learned,
+                    "pixels": None if pack.pixels is None else list(pack.pixels.shape),
+                }
+                for pack in passes
+            ],
+            "step": line,
+        }
