@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import sdpa_kernel
 
 Kernel = Callable[[Tensor, Tensor, Tensor, bool, Tensor | None], Tensor]
 
@@ -64,13 +65,25 @@ def attend_packed(
             f"lengths add up to {sum(lengths)} queries and {sum(key_lengths)} keys, "
             f"but {q.shape[0]} and {k.shape[0]} were given"
         )
-    parts = zip(q.split(list(lengths)), k.split(list(key_lengths)), v.split(list(key_lengths)), strict=True)
-    return torch.cat([attend(q_i[None], k_i[None], v_i[None], causal=causal)[0] for q_i, k_i, v_i in parts])
+    if _active in PACKED:
+        found = PACKED[_active](q, k, v, lengths, key_lengths, causal)
+        if found is not None:
+            return found
+    return alike_together(q, k, v, lengths, key_lengths, causal)
 
 
 @contextmanager
 def attention_kernel(name: str) -> Iterator[None]:
-    """Use another kernel inside a `with` block: `with attention_kernel("reference"): ...`"""
+    """Use another kernel inside a `with` block: `with attention_kernel("reference"): ...`
+
+    "auto"       the default: "sdpa" on a CPU; on a GPU the fastest of those below for this head size, dtype and length,
+                 measured when first met
+    "sdpa"       the kernel PyTorch chooses
+    "flash", "cudnn", "efficient"
+                 that one of PyTorch's kernels where it can be used, and "sdpa" where it cannot
+    "flex"       FlexAttention, compiled on a GPU
+    "reference"  the formula in float32
+    """
     global _active  # noqa: PLW0603  the one mutable global: model code carries no kernel argument because of it
     if name not in KERNELS:
         raise ValueError(f"no attention kernel named {name!r}; here: {', '.join(KERNELS)}")
@@ -107,6 +120,72 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> 
     return x.transpose(1, 2)
 
 
+def auto(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
+    """The fastest kernel that was measured on this device; PyTorch's own choice on a CPU and inside a compiled graph."""
+    if not q.is_cuda or torch.compiler.is_compiling():
+        return KERNELS["sdpa"](q, k, v, causal, mask)
+    from perception.kernels.measured import fastest
+
+    return KERNELS[fastest(q, k, v, causal, mask)](q, k, v, causal, mask)
+
+
+def only(backend: str) -> Kernel:
+    """One of PyTorch's fused kernels where it takes these tensors; PyTorch's own choice where it does not."""
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
+        from perception.kernels.measured import backend_of, usable
+
+        if not usable(backend, q, k, v, causal, mask):
+            return sdpa(q, k, v, causal, mask)
+        with sdpa_kernel(backend_of(backend)):
+            return sdpa(q, k, v, causal, mask)
+
+    return kernel
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
+    """FlexAttention (Dong et al. 2024). It knows no gradients on a CPU: PyTorch's own choice there."""
+    from perception.kernels.packed import flex_attend
+
+    return flex_attend(q, k, v, causal, mask)
+
+
+def packed_auto(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], key_lengths: Sequence[int], causal: bool
+) -> Tensor | None:
+    """All documents in one call on a GPU; None where there is no such kernel."""
+    if not q.is_cuda:
+        return None
+    from perception.kernels.packed import flex_packed, varlen_packed
+
+    found = varlen_packed(q, k, v, lengths, key_lengths, causal)
+    return flex_packed(q, k, v, lengths, key_lengths, causal) if found is None else found
+
+
+def packed_flex(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], key_lengths: Sequence[int], causal: bool
+) -> Tensor | None:
+    """FlexAttention with a mask of documents; None where it cannot."""
+    from perception.kernels.packed import flex_packed
+
+    return flex_packed(q, k, v, lengths, key_lengths, causal)
+
+
+def alike_together(
+    q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int], key_lengths: Sequence[int], causal: bool
+) -> Tensor:
+    """One call for all documents of the same size, as a batch; shapes as in `attend_packed`."""
+    groups: dict[tuple[int, int], list[int]] = {}
+    for document, sizes in enumerate(zip(lengths, key_lengths, strict=True)):
+        groups.setdefault(sizes, []).append(document)
+    parts = [x.split(list(n)) for x, n in ((q, lengths), (k, key_lengths), (v, key_lengths))]
+    found: dict[int, Tensor] = {}
+    for members in groups.values():
+        batch = attend(*(torch.stack([part[i] for i in members]) for part in parts), causal=causal)
+        found.update(zip(members, batch.unbind(), strict=True))
+    return torch.cat([found[document] for document in range(len(lengths))]) if found else q.new_empty(q.shape)
+
+
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     if not q.ndim == k.ndim == v.ndim == 4:
         raise ValueError(f"q, k, v are B N heads head_dim; given {tuple(q.shape)}, {tuple(k.shape)}, {tuple(v.shape)}")
@@ -116,5 +195,14 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
         raise ValueError(f"{k.shape[2]} key heads cannot be shared by {q.shape[2]} query heads")
 
 
-KERNELS: dict[str, Kernel] = {"sdpa": sdpa, "reference": reference}
-_active = "sdpa"
+KERNELS: dict[str, Kernel] = {
+    "auto": auto,
+    "sdpa": sdpa,
+    "reference": reference,
+    "flash": only("flash"),
+    "cudnn": only("cudnn"),
+    "efficient": only("efficient"),
+    "flex": flex,
+}
+PACKED = {"auto": packed_auto, "flash": packed_auto, "flex": packed_flex}  # the others take documents alike together
+_active = "auto"

@@ -72,9 +72,8 @@ def attend_decode(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor, *, p
 
 def attend_decode_plain(q: Tensor, keys: Tensor, values: Tensor, lengths: Tensor) -> Tensor:
     """The twin of `attend_decode`."""
-    B, heads, head_dim = q.shape
     q = q.float().unflatten(1, (keys.shape[2], -1))  # B kv_heads G head_dim
-    scores = torch.einsum("bkgd,bskd->bkgs", q, keys.float()) * head_dim**-0.5
+    scores = torch.einsum("bkgd,bskd->bkgs", q, keys.float()) * q.shape[-1] ** -0.5
     seen = torch.arange(keys.shape[1], device=q.device) < lengths[:, None]  # B S
     scores = scores.masked_fill(~seen[:, None, None], -torch.inf)
     weights = scores.softmax(-1).nan_to_num()  # nothing to see: zeros

@@ -29,7 +29,7 @@ def runs_on(x: Tensor) -> bool:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:
-    """Start `kernel` on the device of its first argument, which need not be the current one. Nothing for no programs."""
+    """Start `kernel` on the device of its first argument, which need not be the current one."""
     if 0 in grid:
         return
     with torch.cuda.device_of(arguments[0]):
