@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NoReturn, Self, get_args
+
+import torch
+from torch import Tensor, nn
 
 from perception.errors import ConfigError
 
@@ -54,8 +57,44 @@ def optimize_part(part: Any, plan: Plan) -> Any:
     """The fast twin of one part of a model, with `.plain`; a part without a twin comes back as it is."""
     if not has_twin(part):
         return part
+    if "plain" in vars(part):
+        raise ConfigError(f"this {type(part).__name__} is a fast twin already; `.plain` is the model it came from")
     module, _, function = type(part).fast.partition(":")
     twin = getattr(import_module(module), function)(part, plan)
     # Past nn.Module's own __setattr__: as a submodule, the plain model would count twice wherever modules are walked.
     object.__setattr__(twin, "plain", part if plan.keep else None)
     return twin
+
+
+class FastPart(nn.Module):
+    """What fast parts share: they compute, and refuse to be trained, moved or saved, as their weights are packed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        super().train(False)
+
+    def train(self, mode: bool = True) -> Self:
+        if mode:
+            raise ConfigError("a fast twin is for inference; train `.plain` and optimise it again")
+        return super().train(False)
+
+    def check_inference(self, *inputs: Tensor) -> None:
+        """ConfigError for an input that asks for a gradient."""
+        if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+            raise ConfigError("a fast twin computes no gradients; use `.plain`, or detach the input")
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        for parameter in self.parameters():
+            like = fn(parameter.new_empty(0))
+            if (like.device, like.dtype) != (parameter.device, parameter.dtype):
+                raise ConfigError(
+                    f"a fast twin stays on {parameter.device} in {parameter.dtype}, for which it was packed; "
+                    "move `.plain` and optimise it again"
+                )
+        return self
+
+    def state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ConfigError("a fast twin has no state_dict, its weights are packed; save `.plain`")
+
+    def load_state_dict(self, *args: Any, **kwargs: Any) -> NoReturn:
+        raise ConfigError("a fast twin loads no weights; load them into `.plain` and optimise it again")

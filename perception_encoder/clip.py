@@ -30,6 +30,7 @@ class CLIP(nn.Module):
     source       what `load_clip` was given, None for a model that was built here; an index remembers it
     """
 
+    fast = "perception_encoder.fast:fast_clip"
     source: str | None = None
 
     def __init__(
@@ -52,7 +53,7 @@ class CLIP(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self.vision.patch_embed.weight.dtype
+        return self.vision.pos_embed.dtype
 
     def forward(
         self, pixels: Tensor | None = None, tokens: Tensor | None = None

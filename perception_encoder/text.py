@@ -23,6 +23,8 @@ class TextTransformer(nn.Module):
     causal, so padding needs no mask and may be trimmed. Raises ConfigError for ids or lengths that do not fit.
     """
 
+    fast = "perception_encoder.fast:fast_text"
+
     def __init__(self, config: TextConfig):
         super().__init__()
         D = config.width
@@ -36,8 +38,7 @@ class TextTransformer(nn.Module):
         self.reset_parameters()
 
     def forward(self, tokens: Tensor) -> Tensor:
-        if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= self.config.context:
-            raise ConfigError(f"tokens are B n with n from 1 to {self.config.context}; given {tuple(tokens.shape)}")
+        check_tokens(tokens, self.config.context)
         x = self.token_embed(tokens) + self.pos_embed[: tokens.shape[1]]  # B n D
         for block in self.blocks:
             if self.grad_checkpointing and torch.is_grad_enabled():
@@ -91,3 +92,9 @@ class CausalAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:  # B n D -> B n D
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # each B n heads head_dim
         return self.proj(attend(q, k, v, causal=True).flatten(2))
+
+
+def check_tokens(tokens: Tensor, context: int) -> None:
+    """ConfigError unless tokens are B n, with n from 1 to the context."""
+    if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= context:
+        raise ConfigError(f"tokens are B n with n from 1 to {context}; given {tuple(tokens.shape)}")

@@ -30,6 +30,7 @@ class VisionTransformer(nn.Module):
     what `load_encoder` was given.
     """
 
+    fast = "perception_encoder.fast:fast_vision"
     source: str | None = None
 
     def __init__(self, config: VisionConfig, preprocess: PixelSpec | None = None):
@@ -60,15 +61,12 @@ class VisionTransformer(nn.Module):
 
         Raises ConfigError for an index that is not there.
         """
-        depth = len(self.blocks)
-        if bad := [layer for layer in layers if not -depth <= layer < depth]:
-            raise ConfigError(f"no layers {bad} in a tower of {depth} blocks; give {-depth} to {depth - 1}")
-        wanted = [layer % depth for layer in layers]
+        wanted = check_layers(layers, len(self.blocks))
         h, w = self.grid_of(pixels)
         found = {}
         for index, x in self._run(pixels, h, w, stop=max(wanted, default=-1)):
             if index in wanted:
-                found[index] = self._on_grid(self.norm_post(x) if norm else x, h, w)
+                found[index] = on_grid(self.norm_post(x) if norm else x, h, w)
         return [found[index] for index in wanted]
 
     def pooled(self, pixels: Tensor) -> Tensor:
@@ -83,18 +81,7 @@ class VisionTransformer(nn.Module):
 
     def grid_of(self, pixels: Tensor) -> tuple[int, int]:
         """The h, w patch grid of a batch of pixels; ConfigError when they do not fit this tower."""
-        P = self.patch_size
-        if pixels.ndim != 4 or pixels.shape[1] != 3:
-            raise ConfigError(f"pixels are B 3 H W; given {tuple(pixels.shape)}")
-        if not pixels.is_floating_point():
-            raise ConfigError(
-                f"pixels are normalised floats; given {pixels.dtype}; run them through `preprocess` first"
-            )
-        H, W = pixels.shape[2:]
-        if H % P or W % P or not H or not W:
-            near = " x ".join(str(max(P, round(side / P) * P)) for side in (H, W))
-            raise ConfigError(f"{H} x {W} pixels do not divide into patches of {P}; the nearest good size is {near}")
-        return H // P, W // P
+        return check_pixels(pixels, self.patch_size)
 
     def _run(self, pixels: Tensor, h: int, w: int, stop: int) -> Iterator[tuple[int, Tensor]]:
         """The tokens after each block up to `stop`: (index, B P+h*w D)."""
@@ -110,19 +97,9 @@ class VisionTransformer(nn.Module):
                 x = block(x, rope)
             yield index, x
 
-    def _on_grid(self, x: Tensor, h: int, w: int) -> Features:
-        prefix, patches = x.split([x.shape[1] - h * w, h * w], dim=1)
-        return Features(patches=patches.unflatten(1, (h, w)), prefix=prefix)
-
     def positions(self, h: int, w: int) -> Tensor:
         """P+h*w D: the learned positions, the grid stretched bilinearly (not antialiased) to h w."""
-        g = self.config.grid
-        if (h, w) == (g, g):
-            return self.pos_embed
-        prefix, grid = self.pos_embed.split([len(self.pos_embed) - g * g, g * g])
-        grid = grid.unflatten(0, (g, g)).permute(2, 0, 1)[None]  # 1 D g g
-        grid = F.interpolate(grid, size=(h, w), mode="bilinear", align_corners=False)
-        return torch.cat([prefix, grid[0].flatten(1).T])
+        return stretch(self.pos_embed, self.config.grid, h, w)
 
     def reset_parameters(self) -> None:
         """The start of training: positions, class token and projection N(0, 1/D), query N(0, 1), qkv Xavier."""
@@ -165,3 +142,40 @@ class SelfAttention(nn.Module):
         q, k, v = self.qkv(x).unflatten(-1, (3, self.heads, -1)).unbind(2)  # each B N heads head_dim
         x = attend(rotate(q, rope), rotate(k, rope), v)
         return self.proj(x.flatten(2))
+
+
+def check_pixels(pixels: Tensor, patch_size: int) -> tuple[int, int]:
+    """The h, w patch grid of a batch of pixels; ConfigError when they do not divide into patches."""
+    P = patch_size
+    if pixels.ndim != 4 or pixels.shape[1] != 3:
+        raise ConfigError(f"pixels are B 3 H W; given {tuple(pixels.shape)}")
+    if not pixels.is_floating_point():
+        raise ConfigError(f"pixels are normalised floats; given {pixels.dtype}; run them through `preprocess` first")
+    H, W = pixels.shape[2:]
+    if H % P or W % P or not H or not W:
+        near = " x ".join(str(max(P, round(side / P) * P)) for side in (H, W))
+        raise ConfigError(f"{H} x {W} pixels do not divide into patches of {P}; the nearest good size is {near}")
+    return H // P, W // P
+
+
+def check_layers(layers: Sequence[int], depth: int) -> list[int]:
+    """The layers counted from the first; ConfigError for one that is not there."""
+    if bad := [layer for layer in layers if not -depth <= layer < depth]:
+        raise ConfigError(f"no layers {bad} in a tower of {depth} blocks; give {-depth} to {depth - 1}")
+    return [layer % depth for layer in layers]
+
+
+def on_grid(x: Tensor, h: int, w: int) -> Features:
+    """B P+h*w D to patches on their grid."""
+    prefix, patches = x.split([x.shape[1] - h * w, h * w], dim=1)
+    return Features(patches=patches.unflatten(1, (h, w)), prefix=prefix)
+
+
+def stretch(pos_embed: Tensor, g: int, h: int, w: int) -> Tensor:
+    """Learned positions P+g*g D, the grid stretched bilinearly (not antialiased) to h w: P+h*w D."""
+    if (h, w) == (g, g):
+        return pos_embed
+    prefix, grid = pos_embed.split([len(pos_embed) - g * g, g * g])
+    grid = grid.unflatten(0, (g, g)).permute(2, 0, 1)[None]  # 1 D g g
+    grid = F.interpolate(grid, size=(h, w), mode="bilinear", align_corners=False)
+    return torch.cat([prefix, grid[0].flatten(1).T])

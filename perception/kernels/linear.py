@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perception.errors import ConfigError
+from perception.kernels.cpp import kernels
 from perception.kernels.probe import agrees, race
 
 log = logging.getLogger(__name__)
@@ -84,23 +85,44 @@ class PackedLinear:
     """
 
     form = "plain"
+    gelu_inside = False  # whether `gelu` costs no pass of its own
 
     def __init__(self, weight: Tensor, bias: Tensor | None, dtype: torch.dtype):
         self.out_features, self.in_features = weight.shape
         self.dtype = dtype
         self.bias = None if bias is None else bias.to(dtype)
+        self.late: Tensor | None = None
         self._hold(weight)
 
     def _hold(self, weight: Tensor) -> None:
         self.weight = weight.to(self.dtype)
+        self.turned = self.weight.t()  # K N
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        y = self._product(x)
         return y if residual is None else y.add_(residual)
+
+    def _product(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
 
     def gelu(self, x: Tensor) -> Tensor:
         """The exact (erf) GELU of the result."""
         return F.gelu(self(x))
+
+    def accumulate(self, x: Tensor, into: Tensor) -> Tensor:
+        """`into` plus the result; `into` may be written over."""
+        if self.dtype != torch.float32:
+            return self(x, into)
+        rows = into.view(-1, self.out_features)
+        if self.bias is not None:
+            rows.add_(self.bias)
+        rows.addmm_(x.reshape(-1, self.in_features), self.turned)
+        return into
+
+    def defer(self) -> None:
+        """Leave the bias out from now on where adding it costs a pass: what `late` then holds is the caller's to add."""
+        if self.dtype == torch.float32:
+            self.late, self.bias = self.bias, None
 
     def __repr__(self) -> str:
         return f"PackedLinear({self.in_features} -> {self.out_features}, {self.form})"
@@ -112,17 +134,16 @@ class Transposed(PackedLinear):
     form = "transposed"
 
     def _hold(self, weight: Tensor) -> None:
-        self.weight = weight.to(self.dtype).t().contiguous()
+        self.turned = weight.to(self.dtype).t().contiguous()
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def _product(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        y = rows @ self.weight if self.bias is None else torch.addmm(self.bias, rows, self.weight)
-        y = y.view(*x.shape[:-1], self.out_features)
-        return y if residual is None else y.add_(residual)
+        y = rows @ self.turned if self.bias is None else torch.addmm(self.bias, rows, self.turned)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 class OneDnn(PackedLinear):
-    """oneDNN's own blocked layout, with the residual in its epilogue. Its operators are not torch's promise: probed."""
+    """oneDNN's own blocked layout, bias and residual in its epilogue. Its operators are not torch's promise: probed."""
 
     form = "onednn"
 
@@ -134,11 +155,21 @@ class OneDnn(PackedLinear):
             return torch.ops.mkldnn._linear_pointwise.binary(x, residual, self.weight, self.bias, "add")
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
-    def gelu(self, x: Tensor) -> Tensor:
-        return self._gelu(x) if _epilogue(self.dtype) else F.gelu(self(x))
+    @property
+    def gelu_inside(self) -> bool:  # type: ignore[override]
+        return _epilogue(self.dtype)
 
-    def _gelu(self, x: Tensor) -> Tensor:
+    def gelu(self, x: Tensor) -> Tensor:
+        return self.gelu_fused(x) if self.gelu_inside else F.gelu(self(x))
+
+    def gelu_fused(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "none")
+
+    def accumulate(self, x: Tensor, into: Tensor) -> Tensor:
+        return self(x, into)
+
+    def defer(self) -> None:
+        """The epilogue adds it for nothing."""
 
 
 class Float32(PackedLinear):
@@ -171,18 +202,17 @@ class Int8(PackedLinear):
         self.zeros = torch.zeros(len(weight), dtype=torch.int32)
         self.bias = None if self.bias is None else self.bias.float()
 
-    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = self._product(x, "none")
-        return y if residual is None else y.add_(residual)
-
-    def gelu(self, x: Tensor) -> Tensor:
-        return F.gelu(self(x))
-
-    def _product(self, x: Tensor, after: str) -> Tensor:
+    def _product(self, x: Tensor) -> Tensor:
         values, scale, zero = quantize_rows(x)
         return torch.ops.onednn.qlinear_pointwise(
-            values, scale, zero, self.weight, self.scale, self.zeros, self.bias, 1.0, 0, self.dtype, after, [], "none"
+            values, scale, zero, self.weight, self.scale, self.zeros, self.bias, 1.0, 0, self.dtype, "none", [], "none"
         )
+
+    def accumulate(self, x: Tensor, into: Tensor) -> Tensor:
+        return into.add_(self(x))
+
+    def defer(self) -> None:
+        """The product adds it as it leaves its accumulators."""
 
 
 class Int8Narrow(Int8):
@@ -247,7 +277,10 @@ def _epilogue(dtype: torch.dtype) -> bool:
     """Whether oneDNN's GELU epilogue is right and faster than a GELU of its own."""
     weight, bias, x = (t.to(dtype) for t in _sample(192, 768, 768))
     layer = OneDnn(weight, bias, dtype)
-    return race(("apart", lambda x: F.gelu(layer(x))), {"fused": layer._gelu}, x, tolerance=TOLERANCE[dtype]) == "fused"
+    return (
+        race(("apart", lambda x: F.gelu(layer(x))), {"fused": layer.gelu_fused}, x, tolerance=TOLERANCE[dtype])
+        == "fused"
+    )
 
 
 @functools.cache
@@ -284,6 +317,8 @@ def _sample(m: int, k: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def quantize_rows(x: Tensor) -> tuple[Tensor, float, int]:
     """x as uint8 with its scale and zero point: (values - zero) * scale is about x. Zero is met exactly."""
+    if x.dtype == torch.float32 and x.is_contiguous() and (compiled := kernels(build=False)) is not None:
+        return compiled.quantize(x)
     low, high = (float(t) for t in x.aminmax())
     low, high = min(low, 0.0), max(high, 0.0)
     scale = max((high - low) / 254, 1e-12)  # 254: one level is left for the rounding of `zero`
