@@ -1,7 +1,8 @@
 """What is known of each row beside its vector, as plain arrays that map into memory.
 
-A column of text is laid out as Arrow lays it out (columnar format, "variable-size binary"): the UTF-8 bytes of all values
-end to end, and N + 1 offsets. So a part of 10^5 rows opens without reading a single string, and Arrow filters it in place.
+A column of text is laid out as Arrow lays it out (columnar format, "variable-size binary"): the UTF-8 bytes of all
+values end to end, and N + 1 offsets. So a part of 10^5 rows opens without reading a single string, and Arrow filters it
+in place.
 
 N rows
 """
@@ -62,6 +63,8 @@ class Column:
         absent = None if self.valid is None else ~self.valid.astype(bool)
         if self.offsets is None:
             return pa.array(self.values, mask=absent)
+        if (np.diff(self.offsets) < 0).any():  # Arrow would follow them out of the memory there is
+            raise CheckpointError("the offsets of a column of text do not rise; the file is damaged")
         buffers = [pa.py_buffer(np.ascontiguousarray(self.offsets)), pa.py_buffer(np.ascontiguousarray(self.values))]
         array = pa.LargeStringArray.from_buffers(len(self), *buffers)
         return array if absent is None else pc.if_else(pa.array(absent), pa.scalar(None, pa.large_string()), array)
@@ -92,7 +95,7 @@ def _text(value: Any) -> bytes:
 
 
 def id_hashes(ids: Sequence[str]) -> np.ndarray:
-    """N int64: eight bytes of BLAKE2b of each id. A sorted array of them finds an id among 10^9 without 10^9 strings."""
+    """N int64: eight bytes of BLAKE2b of each id; a sorted array of them finds one among 10^9 without the strings."""
     joined = b"".join(hashlib.blake2b(_text(i), digest_size=8).digest() for i in ids)
     return np.frombuffer(joined, "<i8")
 
@@ -114,7 +117,7 @@ def to_tensors(columns: Mapping[str, Column]) -> dict[str, Tensor]:
 
 
 def from_tensors(tensors: Mapping[str, Tensor], rows: int, where: str) -> dict[str, Column]:
-    """Raises CheckpointError when a column has another number of rows, or offsets that do not rise."""
+    """Raises CheckpointError when a column has another number of rows, or offsets beyond its text."""
     columns = {}
     for key, tensor in tensors.items():
         prefix, _, name = key.partition("/")

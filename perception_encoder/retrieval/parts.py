@@ -1,13 +1,13 @@
-"""Embeddings as parts: files of a fixed number of rows, each whole or not there, each with a sidecar that vouches for it.
+"""Embeddings as parts: files of so many rows, each whole or not there, each with a sidecar that vouches for it.
 
     out/plan.json                  what is embedded, by which model, in how many parts
     out/chunks-<hash>.jsonl        line p: the inputs of part p
     out/part-00000.safetensors     vectors N C, and columns: id, source, inside, width, height, start, end, text, ...
     out/part-00000.json            rows, sha256, fingerprints, what failed and why
 
-A part depends on its chunk and the plan alone, never on who makes it or when, so any number of processes may make parts
-of one plan, in any order, be killed and started again: the finished bytes are the same (on one kind of machine, with one
-number of threads: other kernels round in other ways). A part is finished when its sidecar is there.
+A part depends on its chunk and the plan alone, never on who makes it or when, so any number of processes may make
+parts of one plan, in any order, be killed and started again: the finished bytes are the same (on one kind of machine,
+with one number of threads: other kernels round in other ways). A part is finished when its sidecar is there.
 
 N rows  C embedding width
 """
@@ -19,7 +19,7 @@ import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -115,6 +115,21 @@ class Plan:
     def settings(self) -> dict[str, Any]:
         """What must be equal for parts of two runs to belong together: everything but the list of inputs."""
         return {key: value for key, value in asdict(self).items() if key not in ("parts", "rows", "chunks")}
+
+
+class Stamp(Protocol):
+    """What a part says of how it was made; a `Plan` says it."""
+
+    @property
+    def dtype(self) -> str: ...
+    @property
+    def file_format(self) -> str: ...
+    @property
+    def model(self) -> str | None: ...
+    @property
+    def fingerprint(self) -> str: ...
+    @property
+    def preprocess(self) -> str: ...
 
 
 class Part(NamedTuple):
@@ -224,7 +239,7 @@ def read_chunks(folder: str | Path, plan: Plan, wanted: Iterator[int] | range | 
 
 
 def write_part(
-    folder: Path, number: int, vectors: Tensor, columns: Mapping[str, Column], plan: Plan, failures: list[PartFailure]
+    folder: Path, number: int, vectors: Tensor, columns: Mapping[str, Column], plan: Stamp, failures: list[PartFailure]
 ) -> Sidecar:
     """The file, then its sidecar: both whole or not there."""
     path = folder / f"{part_name(number)}{SUFFIXES[plan.file_format]}"

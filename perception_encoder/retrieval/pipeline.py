@@ -27,7 +27,7 @@ from perception.errors import ConfigError, LimitError, MediaError
 from perception.files import sweep_temporaries
 from perception.media import PICTURE_FORMATS, open_media
 from perception.pixels import check_on_error
-from perception_encoder.retrieval.columns import Column, column
+from perception_encoder.retrieval.columns import Column, column, id_hashes
 from perception_encoder.retrieval.embed import embed_pixels, embed_texts, fingerprint
 from perception_encoder.retrieval.parts import (
     PLAN_FORMAT,
@@ -103,8 +103,8 @@ def embed_parts(
 
 def share(rank: int | None, world: int | None) -> tuple[int, int]:
     """Which process this is and of how many: as given, as `torchrun` says, or the only one."""
-    rank = int(os.environ.get("RANK", 0)) if rank is None else rank
-    world = int(os.environ.get("WORLD_SIZE", 1)) if world is None else world
+    rank = int(os.environ.get("RANK", "0")) if rank is None else rank
+    world = int(os.environ.get("WORLD_SIZE", "1")) if world is None else world
     if not 0 <= rank < world:
         raise ConfigError(f"rank={rank} of world={world}; expected 0 to world - 1")
     return rank, world
@@ -153,7 +153,7 @@ def run_parts(
     verify: bool = True,
     echo: Callable[[int], None] | None = None,
 ) -> None:
-    """Make those of the parts that are not finished. This is all an engine has to call, in any process, in any order."""
+    """Make those of the parts that are not finished: all an engine has to call, in any process, in any order."""
     plan = Parts(folder).plan
     numbers = list(numbers)
     todo = [number for number in numbers if not is_finished(folder, number, verify=verify)]
@@ -315,6 +315,7 @@ def item_columns(rows: list[tuple[Item, tuple[int, int]]]) -> dict[str, Column]:
         values = [getattr(item, name) for item, _ in rows]
         if any(value is not None for value in values):
             columns[name] = column(values)
+    columns["hash"] = Column(id_hashes([item.id for item, _ in rows]))
     names = sorted({str(key) for item, _ in rows for key in item.metadata})
     return columns | {f"meta.{name}": column(item.metadata.get(name) for item, _ in rows) for name in names}
 

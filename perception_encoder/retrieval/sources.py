@@ -1,7 +1,7 @@
 """What there is to embed: folders, lists of files, Parquet, WebDataset tars, lines of text, videos.
 
-A source says how its inputs divide into chunks, one a part, and reads one chunk at a time. A chunk is plain JSON and says
-all there is to know to read it, so a plan can be carried out by any process that sees the same files.
+A source says how its inputs divide into chunks, one a part, and reads one chunk at a time. A chunk is plain JSON and
+says all there is to know to read it, so a plan can be carried out by any process that sees the same files.
 
 Nothing here fetches and nothing is unpacked to disk: members of an archive are read as bytes, their names are names.
 """
