@@ -1,0 +1,120 @@
+"""Clips of four frames, asked about what one frame cannot tell: direction, order, number of events, which one moved."""
+
+import random
+from dataclasses import replace
+
+import numpy as np
+
+from perception_lm.assistant import CAPTION_VIDEO
+from perception_lm.training.nano.canvas import STEP, Thing, finish, ground, paint
+from perception_lm.training.nano.world import COLOURS, SHAPES, SIDE, STYLES, Phrasings, Sample, Turn, World
+
+FRAMES, MIDDLE = 4, 2
+DIRECTION = Phrasings(
+    ("In which direction does the {} move?", "Which way does the {} move?", "Where does the {} move?"),
+    ("In which direction does the {} go?", "Which way does the {} go?"),
+)
+WHICH = Phrasings(("Which shape moves?", "What moves in the video?"), ("Which shape moves in the video?",))
+FIRST = Phrasings(
+    ("Which shape appears {}?", "What appears {}?", "Name the shape that appears {}."),
+    ("Which shape appears {} in the video?",),
+)
+TIMES = Phrasings(
+    ("How many times does the {} appear?", "Count how often the {} appears."),
+    ("How often does the {} appear?", "How many times do you see the {}?"),
+)
+MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
+
+
+def clips(draw: random.Random, world: World) -> Sample:
+    """A clip with questions about it."""
+    return draw.choice((moving, moving, order, blinking))(draw, world)
+
+
+def moving(draw: random.Random, world: World) -> Sample:
+    """One thing moves straight on; perhaps another rests. The middle of the way tells nothing of the direction."""
+    names = _names(draw, 2 if draw.random() < 0.5 else 1)
+    way = draw.choice(sorted(MOVES))
+    right, down = MOVES[way]
+    size = draw.randrange(12, 19, STEP)
+    pace = draw.randrange(8, 13, STEP)  # pixels a frame
+    room = SIDE - size
+    reach = pace * (FRAMES - 1) // 2 + 1
+    middle = [draw.randint(reach, room - reach) for _ in range(2)]  # the same margins along the way and across it
+    steps = [(2 * i - (FRAMES - 1)) * pace // 2 for i in range(FRAMES)]
+    mover = Thing(*names[0], 0, 0, size, size)
+    path = [replace(mover, x=middle[0] + right * s, y=middle[1] + down * s) for s in steps]
+    frames: list[list[Thing]] = [[thing] for thing in path]
+    if len(names) > 1:
+        rest = Thing(*names[1], *_beside(draw, path, size), size, size)
+        frames = [[thing, rest] for thing in path]
+    picture = _draw(draw, world, frames)
+    name = mover.name
+    told = Turn("caption", CAPTION_VIDEO, f"A {name} moves {way}.")
+    turns = [Turn("direction", world.phrase(draw, DIRECTION, name), way)]
+    if len(names) > 1 and draw.random() < 0.5:  # first: the other question names what moves
+        turns.insert(0, Turn("which", world.phrase(draw, WHICH), name))
+    turns = world.telling(draw, turns, told)
+    return Sample("clips", picture, tuple(turns), video=True)
+
+
+def order(draw: random.Random, world: World) -> Sample:
+    """Three things, a frame each, and an empty frame; the frame in the middle shows neither the first nor the last."""
+    names = _names(draw, 3)
+    shown = [Thing(*name, *_somewhere(draw, 20), 20, 20) for name in names]
+    frames: list[list[Thing]] = [[thing] for thing in shown]
+    frames.insert(draw.randint(0, MIDDLE), [])
+    picture = _draw(draw, world, frames)
+    turns = [Turn("order", world.phrase(draw, FIRST, place), shown[i].name) for place, i in (("first", 0), ("last", 2))]
+    draw.shuffle(turns)
+    listed = ", then a ".join(thing.name for thing in shown)
+    turns = world.telling(draw, turns, Turn("caption", CAPTION_VIDEO, f"A {listed} appears."))
+    return Sample("clips", picture, tuple(turns), video=True)
+
+
+def blinking(draw: random.Random, world: World) -> Sample:
+    """A thing that is there in one to four frames, always in one place, and always in the middle frame."""
+    thing = Thing(*_names(draw, 1)[0], *_somewhere(draw, 20), 20, 20)
+    many = draw.randint(1, FRAMES)
+    on = {MIDDLE, *draw.sample([i for i in range(FRAMES) if i != MIDDLE], many - 1)}
+    picture = _draw(draw, world, [[thing] if i in on else [] for i in range(FRAMES)])
+    turns = [Turn("times", world.phrase(draw, TIMES, thing.name), str(many), {"many": many})]
+    turns = world.telling(draw, turns, Turn("caption", CAPTION_VIDEO, f"A {thing.name} appears {many} times."))
+    return Sample("clips", picture, tuple(turns), video=True)
+
+
+def one_frame(frames: np.ndarray) -> np.ndarray:
+    """The same clip for a model that sees one moment only: a middle frame, four times."""
+    return np.repeat(frames[MIDDLE : MIDDLE + 1], FRAMES, axis=0)
+
+
+def _names(draw: random.Random, many: int) -> list[tuple[str, str]]:
+    return list(zip(draw.sample(SHAPES, many), draw.sample(list(COLOURS), many), strict=True))
+
+
+def _somewhere(draw: random.Random, size: int) -> tuple[int, int]:
+    x, y = (draw.randrange(0, SIDE - size + 1, STEP) for _ in range(2))
+    return x, y
+
+
+def _beside(draw: random.Random, path: list[Thing], size: int) -> tuple[int, int]:
+    """A place that the path does not touch, else a corner."""
+    for _ in range(50):
+        x, y = _somewhere(draw, size)
+        if all(abs(x - thing.x) >= size + 1 or abs(y - thing.y) >= size + 1 for thing in path):
+            return x, y
+    return 0, 0
+
+
+def _draw(draw: random.Random, world: World, frames: list[list[Thing]]) -> np.ndarray:
+    """N S S 3 uint8: one ground, one style, one shade a colour."""
+    canvas, style = ground(draw, world), draw.choice(STYLES[world.split])
+    shades = {name: world.colour(draw, name) for name in COLOURS}
+    seed = draw.random()
+    pictures = []
+    for things in frames:
+        picture = canvas.copy()
+        for thing in things:
+            paint(picture, thing, shades[thing.colour], style, random.Random(seed))
+        pictures.append(finish(picture))
+    return np.stack(pictures)
