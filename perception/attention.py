@@ -121,7 +121,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> 
 
 
 def auto(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
-    """The fastest kernel that was measured on this device; PyTorch's own choice on a CPU and inside a compiled graph."""
+    """The fastest kernel measured on this device; PyTorch's own choice on a CPU and inside a compiled graph."""
     if not q.is_cuda or torch.compiler.is_compiling():
         return KERNELS["sdpa"](q, k, v, causal, mask)
     from perception.kernels.measured import fastest

@@ -1,0 +1,86 @@
+"""Work that is recorded once and replayed as one launch: what small steps on a GPU need, where starting a kernel costs
+more than running it.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Outputs = tuple[Tensor, ...]
+WARM_UPS = 2
+
+
+class Graph:
+    """A function of tensors of fixed shape, as a CUDA graph (Gray 2019).
+
+    function  takes tensors, returns a tuple of them. It reads nothing back from the device, and what it writes besides
+              its outputs lives as long as the graph. It runs a few times before it is recorded
+    inputs    examples; the graph keeps copies, into which each call copies
+    pool      memory shared with other graphs that never run at the same time
+
+    The outputs are overwritten by the next call. On a CPU nothing is recorded: the function runs at each call, between
+    the same copies, so what would go wrong with a graph goes wrong there.
+    """
+
+    def __init__(self, function: Callable[..., Outputs], inputs: Sequence[Tensor], pool: Any = None):
+        self.function, self.inputs = function, [x.clone() for x in inputs]
+        self.graph: torch.cuda.CUDAGraph | None = None
+        if any(x.is_cuda for x in inputs):
+            self._record(pool)
+        else:
+            self.outputs = [self.function(*self.inputs) for _ in range(WARM_UPS)][-1]
+
+    def __call__(self, *inputs: Tensor) -> Outputs:
+        for mine, given in zip(self.inputs, inputs, strict=True):
+            if mine.shape != given.shape or mine.dtype != given.dtype:
+                raise ValueError(
+                    f"recorded for {tuple(mine.shape)} {mine.dtype}, called with {tuple(given.shape)} {given.dtype}"
+                )
+            mine.copy_(given, non_blocking=True)
+        if self.graph is not None:
+            self.graph.replay()
+        else:
+            for mine, new in zip(self.outputs, self.function(*self.inputs), strict=True):
+                mine.copy_(new)
+        return self.outputs
+
+    def _record(self, pool: Any) -> None:
+        device = next(x.device for x in self.inputs if x.is_cuda)
+        with torch.cuda.device(device):
+            side = torch.cuda.Stream()
+            side.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(side):  # libraries set themselves up, kernels are compiled and measured
+                for _ in range(WARM_UPS):
+                    self.function(*self.inputs)
+            torch.cuda.current_stream().wait_stream(side)
+            self.graph = torch.cuda.CUDAGraph()
+            # other threads may go on using the device meanwhile
+            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+                self.outputs = self.function(*self.inputs)
+
+
+class Graphs:
+    """Graphs by key, the `most` latest used; they share their memory."""
+
+    def __init__(self, most: int):
+        self.most = most
+        self.kept: OrderedDict[Hashable, Graph] = OrderedDict()
+        self.pool: Any = None
+
+    def __call__(self, key: Hashable, function: Callable[..., Outputs], *inputs: Tensor) -> Outputs:
+        """Run `function` through its graph, recorded when the key, the shapes and dtypes are first met."""
+        full = (key, *((x.shape, x.dtype, x.device) for x in inputs))
+        if full not in self.kept:
+            if self.pool is None and any(x.is_cuda for x in inputs):
+                self.pool = torch.cuda.graph_pool_handle()
+            while len(self.kept) >= self.most:
+                self.kept.popitem(last=False)
+            self.kept[full] = Graph(function, inputs, self.pool)
+        self.kept.move_to_end(full)
+        return self.kept[full](*inputs)
+
+    def __contains__(self, key: Hashable) -> bool:
+        return any(full[0] == key for full in self.kept)  # type: ignore[index]

@@ -1,0 +1,163 @@
+"""The twins for a GPU: the golden towers' numbers, through the very kernels (interpreted on a CPU) and through graphs."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+
+import golden_models as golden_files
+import pytest
+import torch
+from triton_here import DEVICE
+
+from perception.errors import ConfigError
+from perception.kernels.triton import language
+from perception.optimize import Plan
+from perception_encoder import fast_cuda
+from perception_encoder.clip import CLIP
+from perception_encoder.fast_cuda import CudaVision, fast_text, fast_vision
+from perception_encoder.text import TextTransformer
+from perception_encoder.vision import VisionTransformer
+
+
+@pytest.fixture(autouse=True)
+def no_gradients() -> Iterator[None]:
+    with torch.no_grad():
+        yield
+
+
+@pytest.fixture
+def twins(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels' plain twins, where the kernels would be interpreted."""
+    monkeypatch.setattr(language, "INTERPRETED", False)
+
+
+def tower_of(golden: Path, name: str) -> VisionTransformer:
+    return golden_files.load_tower(golden, name).to(DEVICE)
+
+
+def pixels_for(tower: VisionTransformer, batch: int, h: int = 2, w: int = 3) -> torch.Tensor:
+    g = torch.Generator().manual_seed(batch)
+    return torch.randn(batch, 3, h * tower.patch_size, w * tower.patch_size, generator=g).to(DEVICE)
+
+
+@pytest.mark.parametrize("name", ["core_nocls_hd24", "lang_cls_ls"])
+def test_the_kernels_make_a_tower(golden: Path, name: str) -> None:
+    tower = tower_of(golden, name)
+    fast = fast_vision(tower, Plan())
+    pixels = pixels_for(tower, 1)
+    layers = [0, len(tower.blocks) - 1]
+    for mine, theirs in zip(
+        fast.layers(pixels, layers, norm=True), tower.intermediates(pixels, layers, norm=True), strict=True
+    ):
+        assert golden_files.relative(mine, theirs.tokens()) < 1e-5
+
+
+@pytest.mark.parametrize("name", golden_files.TOWERS)
+def test_the_same_numbers(golden: Path, name: str, twins: None) -> None:
+    tower = tower_of(golden, name)
+    fast = fast_vision(tower, Plan())
+    pixels = pixels_for(tower, 2)
+    for norm in (False, True):
+        wanted = tower.intermediates(pixels, [-1, 0, 0], norm=norm)
+        for mine, theirs in zip(fast.intermediates(pixels, [-1, 0, 0], norm=norm), wanted, strict=True):
+            assert golden_files.relative(mine.tokens(), theirs.tokens()) < 1e-5
+            assert mine.patches.shape == theirs.patches.shape
+    assert golden_files.relative(fast(pixels).tokens(), tower(pixels).tokens()) < 1e-5
+    if tower.pool is not None:
+        assert golden_files.relative(fast.pooled(pixels), tower.pooled(pixels)) < 1e-5
+
+
+def test_graphs_are_told_apart(golden: Path, twins: None) -> None:
+    """By size, by batch and by what is asked; each call's result outlives the next; large batches need none."""
+    tower = tower_of(golden, "core_cls")
+    fast = fast_vision(tower, Plan())
+    calls = [pixels_for(tower, 1), pixels_for(tower, 2), pixels_for(tower, 1, 3, 2), pixels_for(tower, 1) + 1]
+    found = [(fast(x), fast.pooled(x)) for x in calls + calls]
+    for x, (features, pooled) in zip(calls + calls, found, strict=True):
+        assert golden_files.relative(features.tokens(), tower(x).tokens()) < 1e-5
+        assert golden_files.relative(pooled, tower.pooled(x)) < 1e-5
+    assert len(fast.graphs.kept) == 6
+    large = pixels_for(tower, fast_cuda.GRAPH_BATCH + 1)
+    assert golden_files.relative(fast(large).tokens(), tower(large).tokens()) < 1e-5
+    assert len(fast.graphs.kept) == 6
+    assert fast(pixels_for(tower, 0)).patches.shape == (0, 2, 3, tower.width)
+
+
+def test_sizes_are_forgotten_with_their_graphs(golden: Path, twins: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fast_cuda, "TABLES", 2)
+    tower = tower_of(golden, "core_cls")
+    fast = fast_vision(tower, Plan())
+    for h, w in [(1, 1), (2, 1), (1, 2), (1, 1)]:
+        x = pixels_for(tower, 1, h, w)
+        assert golden_files.relative(fast(x).tokens(), tower(x).tokens()) < 1e-5
+    assert len(fast._tables) == len(fast.graphs.kept) == 2
+
+
+def test_half_precision_stays_close(golden: Path, twins: None) -> None:
+    tower = tower_of(golden, "lang_cls_ls")
+    pixels = pixels_for(tower, 2)
+    wanted = tower(pixels).tokens()
+    half = fast_vision(tower.bfloat16(), Plan())(pixels.bfloat16()).tokens()
+    assert half.dtype == torch.bfloat16
+    assert torch.nn.functional.cosine_similarity(half.float(), wanted, dim=-1).min() > 0.999
+
+
+def test_text(golden: Path) -> None:
+    config = golden_files.clip_config(golden).text
+    torch.manual_seed(0)
+    text = TextTransformer(config).eval().to(DEVICE)
+    top = config.vocab - 1
+    tokens = torch.zeros(3, config.context, dtype=torch.int64)
+    for row, ids in enumerate([[5, 6, top], [7, top], [1, 2, 3, 4, top]]):
+        tokens[row, : len(ids)] = torch.tensor(ids)
+    fast = fast_text(text, Plan())
+    assert golden_files.relative(fast(tokens.to(DEVICE)), text(tokens.to(DEVICE))) < 1e-5
+    assert fast(tokens[:0].to(DEVICE)).shape == (0, config.output_width)
+    with pytest.raises(ConfigError, match="tokens are B n"):
+        fast(tokens[0].to(DEVICE))
+
+
+def test_a_clip_of_fast_towers(golden: Path, twins: None) -> None:
+    config = golden_files.clip_config(golden)
+    torch.manual_seed(1)
+    clip = CLIP(VisionTransformer(config.vision), TextTransformer(config.text)).eval().to(DEVICE)
+    fast = CLIP(fast_vision(clip.vision, Plan()), fast_text(clip.text, Plan()), clip.preprocess, clip.tokenize)  # type: ignore[arg-type]
+    fast.logit_scale = clip.logit_scale
+    pixels = torch.randn(1, 3, config.vision.image_size, config.vision.image_size)
+    tokens = torch.tensor([[3, config.text.vocab - 1, 0]])
+    for mine, theirs in zip(fast(pixels, tokens), clip(pixels, tokens), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+    assert (fast.dtype, fast.device) == (clip.dtype, clip.device)
+
+
+def test_eight_bits_only_where_they_do_no_harm(golden: Path, twins: None) -> None:
+    """A map with an input that eight bits cannot hold stays as it is; the others change, and little."""
+    tower = tower_of(golden, "core_cls")
+    config = dataclasses.replace(tower.config, width=64, heads=2, mlp_width=128, output_width=None)
+    torch.manual_seed(0)
+    tower = VisionTransformer(config).eval().to(DEVICE)
+    tower.blocks[0].norm2.weight.data[0] = 1e4
+    tower.blocks[0].mlp.fc1.weight.data[:, 0] = 0
+    fast = fast_vision(tower, Plan(quantize="int8"))
+    assert fast.blocks[0].fc1.code is None
+    assert fast.blocks[1].fc1.code == fast.blocks[0].qkv.code == "int8"
+    pixels = pixels_for(tower, 1)
+    mine, theirs = fast(pixels).tokens(), tower(pixels).tokens()
+    cosine = torch.nn.functional.cosine_similarity(mine, theirs, dim=-1)
+    assert cosine.min() > 0.999
+    assert not torch.equal(mine, theirs)
+
+
+def test_refusals(golden: Path) -> None:
+    tower = tower_of(golden, "lang_nocls_ls")
+    fast = CudaVision(tower)
+    with pytest.raises(ConfigError, match="no pooling head"):
+        fast.pooled(pixels_for(tower, 1))
+    with pytest.raises(ConfigError, match="nearest good size"):
+        fast(torch.zeros(1, 3, tower.patch_size + 1, tower.patch_size))
+    with pytest.raises(ConfigError, match="no layers"):
+        fast.intermediates(pixels_for(tower, 1), [99])
+    with torch.enable_grad(), pytest.raises(ConfigError, match="no gradients"):
+        fast(pixels_for(tower, 1).requires_grad_())
+    with pytest.raises(ConfigError, match="for inference"):
+        fast.train()
