@@ -1,5 +1,7 @@
 """Tiles are written once, in any floating dtype, and a fast rule's are Pillow's within two codes."""
 
+import gc
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -53,10 +55,18 @@ def test_numbers_are_the_codes_normalised_to_the_bit(fast: bool) -> None:
         tile_image(noise(50, 31), 16, 6, spec=rule, dtype=torch.uint8)
 
 
-def test_tiles_own_their_memory_and_nothing_more() -> None:
+@pytest.mark.parametrize("large", [0, 2**25])
+def test_tiles_own_their_memory_and_nothing_more(large: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiling, "LARGE", large)  # 0: all of it is mapped
+    wanted = tile_codes(noise(50, 31), 16, 6).clone()
     for tiles in (tile_image(noise(50, 31), 16, 6), tile_codes(noise(50, 31), 16, 6)):
         assert tiles.is_contiguous()
         assert tiles.untyped_storage().nbytes() == tiles.nbytes
+        tiles[0] = 1  # writable
+    kept = tile_codes(noise(50, 31), 16, 6)[1:]  # a view outlives the whole
+    gc.collect()
+    assert torch.equal(kept, wanted[1:])
+    assert torch.equal(pickle.loads(pickle.dumps(kept)), wanted[1:])
 
 
 def test_the_search_for_a_grid_is_done_once_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
