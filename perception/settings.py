@@ -50,6 +50,10 @@ def _value(hint: Any, value: object, where: str) -> Any:
         inner = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(inner) == len(value):
             return tuple(_value(i, v, f"{where}[{n}]") for n, (i, v) in enumerate(zip(inner, value, strict=True)))
+    elif origin is dict and isinstance(value, Mapping) and all(isinstance(key, str) for key in value):
+        return {key: _value(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    elif hint is Any:
+        return value
     elif is_dataclass(hint):
         return read_settings(hint, value, where)  # type: ignore[arg-type]
     elif hint is float and isinstance(value, int | float) and not isinstance(value, bool):

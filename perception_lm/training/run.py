@@ -75,9 +75,9 @@ class DataConfig:
     max_bad    share of all rows that may be bad
     """
 
-    sources: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, SourceConfig] = field(default_factory=dict)
     datasets: str | None = None
-    mix: dict[str, Any] = field(default_factory=dict)
+    mix: dict[str, float] = field(default_factory=dict)
     form: Form = "chat"
     seq_len: int = 11_520
     layout: Layout = "packed"
@@ -111,7 +111,7 @@ class OptimizerConfig:
     weight_decay: float = 0.01
     decay_vectors: bool = True
     clip: float = 1.0
-    rates: dict[str, Any] = field(default_factory=dict)
+    rates: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -289,13 +289,7 @@ def trained_on(assistant: Assistant, run: Run) -> None:
 
 def find_sources(data: DataConfig, given: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Name -> source, of those the mix names. Raises ConfigError for a mix of names that are not there."""
-    from perception.settings import read_settings
-    from perception_lm.training.datasets import read_datasets
-
-    configs = {
-        **(read_datasets(data.datasets) if data.datasets else {}),
-        **{name: read_settings(SourceConfig, value, f"data.sources.{name}") for name, value in data.sources.items()},
-    }
+    configs = source_configs(data)
     given = dict(given or {})
     names = list(data.mix) or [*configs, *given]
     if strange := [name for name in names if name not in configs and name not in given]:
@@ -305,16 +299,17 @@ def find_sources(data: DataConfig, given: Mapping[str, Any] | None = None) -> di
     return {name: as_source(given[name]) if name in given else open_source(configs[name], Path()) for name in names}
 
 
+def source_configs(data: DataConfig) -> dict[str, SourceConfig]:
+    """What the run file and its datasets file say of sources, by name."""
+    from perception_lm.training.datasets import read_datasets
+
+    return {**(read_datasets(data.datasets) if data.datasets else {}), **data.sources}
+
+
 def _weights(data: DataConfig, sources: Mapping[str, Any]) -> list[float]:
-    weights = []
-    for name, source in sources.items():
-        weight = data.mix.get(name)
-        if weight is None:
-            weight = data.sources.get(name, {}).get("weight")
-        if weight is not None and (isinstance(weight, bool) or not isinstance(weight, int | float)):
-            raise ConfigError(f"the weight of {name} is {weight!r}; expected a number")
-        weights.append(float(len(source)) if weight is None else float(weight))
-    return weights
+    """What the mix says, else the source's own, else its number of samples."""
+    own = {name: config.weight for name, config in source_configs(data).items() if config.weight is not None}
+    return [data.mix.get(name, own.get(name, float(len(source)))) for name, source in sources.items()]
 
 
 class _Data:

@@ -152,7 +152,7 @@ class SourceConfig:
     root: str | None = None
     weight: float | None = None
     source: str | None = None
-    options: dict = field(default_factory=dict)  # type: ignore[type-arg]
+    options: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if (self.rows is None) == (self.source is None):
