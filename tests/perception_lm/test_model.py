@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import perception.layers
 import perception_encoder.vision
+import perception_lm.cache
 import perception_lm.decoder
 import perception_lm.projector
 from perception.errors import ConfigError, RequestError
@@ -286,18 +287,18 @@ def k_and_v_permuted(model, part: str):
 
 def tiled_heads(model):
     """Key head j serves the queries j, j + kv_heads, ... instead of a run of neighbours."""
-    real = perception_lm.decoder.attend
+    real = perception_lm.cache.attend
 
     def wrong(q, k, v, **options):
         times = q.shape[2] // k.shape[2]
         return real(q, k.repeat(1, 1, times, 1), v.repeat(1, 1, times, 1), **options)
 
-    return replaced(perception_lm.decoder, "attend", wrong)
+    return replaced(perception_lm.cache, "attend", wrong)
 
 
 def bidirectional(model):
-    real = perception_lm.decoder.attend
-    return replaced(perception_lm.decoder, "attend", lambda q, k, v, causal, mask: real(q, k, v))
+    real = perception_lm.cache.attend
+    return replaced(perception_lm.cache, "attend", lambda q, k, v, causal, mask: real(q, k, v))
 
 
 def projecting(change: Callable[[nn.Module, Tensor], Tensor]) -> Callable:
