@@ -1,4 +1,4 @@
-"""The verbs of the language model: generate, chat, ground, estimate, export."""
+"""The verbs of the language model: generate, chat, ground, estimate, train, export."""
 
 import sys
 import time
@@ -37,7 +37,7 @@ System = Annotated[str | None, typer.Option(help="A system message in place of t
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command; called through the entry-point group `perception.commands`."""
-    for verb in (generate, chat, ground, estimate, export):
+    for verb in (generate, chat, ground, estimate, train, export):
         app.command(verb.__name__)(verb)
 
 
@@ -261,16 +261,60 @@ def estimate(
     show(values, as_json, text)
 
 
+def train(
+    run: Annotated[str, typer.Argument(help="A run file, or the name of a ready-made one; see --list.")] = "",
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value or table.key=value over the file.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="One step: shapes, parameters, memory; keep nothing.")
+    ] = False,
+    listed: Annotated[bool, typer.Option("--list", help="The run files that come with the package.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Train, or go on with a run that was stopped: the same command again. Under torchrun, on many devices.
+
+    Told to stop (SIGTERM, Ctrl-C), it finishes its step, saves, and ends with exit code 0.
+    """
+    import logging
+
+    from perception_lm.training.launch import rehearse, summary
+    from perception_lm.training.launch import train as run_it
+    from perception_lm.training.run import load_run, run_names
+
+    if listed or not run:
+        show(run_names(), as_json, lambda: "\n".join(run_names()))
+        return
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("perception").setLevel(logging.INFO)
+    settings = load_run(run, overrides or [])
+    if dry_run:
+        found = rehearse(settings)
+        show(found, as_json, lambda: summary(found))
+        return
+    done = run_it(settings)
+    said = "finished" if done else "stopped; the same command continues it"
+    show({"out": settings.out, "finished": done}, as_json, lambda: f"{settings.out}: {said}")
+
+
 def export(
-    model: Annotated[str, typer.Argument(help="A model name, hub id or folder.")],
+    model: Annotated[str, typer.Argument(help="A model name, hub id or folder; a training run or checkpoint of one.")],
     out: Annotated[Path, typer.Argument(help="A folder.")],
     format: Annotated[str, typer.Option(help="native, original or hf.")] = "native",
+    dtype: Annotated[str, typer.Option(help="stored, fp32, bf16, fp16")] = "stored",
     as_json: Json = False,
 ) -> None:
     """Write a model in another layout, bit for bit the same weights."""
+    from perception.training.state import find_checkpoint
+
     if format not in ("native", "original", "hf"):
         raise ConfigError(f"no format {format!r}; there are: native, original, hf")
-    _load(model, "cpu", "stored").save(out, format)
+    if Path(model).is_dir() and find_checkpoint(model) is not None:
+        from perception.device import pick_dtype
+        from perception_lm.training.export import load_checkpoint
+
+        assistant = load_checkpoint(model, dtype=None if dtype == "stored" else pick_dtype(dtype))
+    else:
+        assistant = _load(model, "cpu", dtype)
+    assistant.save(out, format)
     show({"format": format, "out": str(out)}, as_json, lambda: str(out))
 
 

@@ -42,6 +42,8 @@ def _composed(run: Run, device: torch.device, dtype: str) -> Assistant:
         encoder = _tower(encoder, config)
     torch.manual_seed(run.seed)  # of a fresh decoder
     decoder, path = load_decoder(config.decoder, device=device, dtype=dtype)
+    if config.plain_rope:
+        cast(Any, decoder).config = replace(cast(Any, decoder).config, rope_scaling=None)
     width = int(cast(Any, decoder).width)
     projector = ProjectorConfig(
         kind=config.projector, in_width=encoder.width, width=width, pool=2 if config.pool is None else config.pool

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from perception.cli import table
 from perception.training.distributed import processes
 from perception_lm.assistant import Assistant
 from perception_lm.training.export import write_models
@@ -83,3 +84,22 @@ def rehearse(
             ],
             "step": line,
         }
+
+
+def summary(found: dict[str, Any]) -> str:
+    """What `rehearse` found, for people."""
+    parts = [[name, f"{p['parameters']:,}", f"{p['learn']:,}"] for name, p in found["parts"].items()]
+    passes = [
+        [str(p["tokens"]), str(p["samples"]), str(p["learned"]), str(p["pixels"] or "none")]
+        for p in found["passes"][:8]
+    ]
+    step = found["step"]
+    speed = f"{step['step_s']:.2f} s, {step['tokens_s']:.0f} tokens/s, {step['memory'] / 2**30:.2f} GiB at most"
+    return "\n\n".join(
+        (
+            f"{found['processes']} process(es) on {found['device']}",
+            table(parts, ["part", "parameters", "learn"]),
+            table(passes, ["tokens of a pass", "samples", "learned", "pixels"]),
+            f"one step: loss {step['loss']:.4f}, gradient {step['grad_norm']:.3f}, {speed}",
+        )
+    )

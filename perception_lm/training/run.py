@@ -44,6 +44,7 @@ class ModelConfig:
     drop_path    stochastic depth of the tower while it learns
     projector    "pooling" or "pixel_shuffle"
     pool         patches along one side of the square that becomes one token
+    plain_rope   forget the decoder's stretch of positions to long contexts, as the published 8B does
     learn        parts that learn: encoder, projector, decoder, or regular expressions of parameter names
     """
 
@@ -57,6 +58,7 @@ class ModelConfig:
     drop_path: float = 0.0
     projector: Literal["pooling", "pixel_shuffle"] = "pooling"
     pool: int | None = None
+    plain_rope: bool = False
     learn: tuple[str, ...] = ("encoder", "projector", "decoder")
 
 
