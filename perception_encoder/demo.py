@@ -1,10 +1,15 @@
-"""What `perception demo` shows: the encoder at work on bundled media, and one self-contained page about it."""
+"""What `perception demo` shows: models at work on bundled media, and one self-contained page about it.
+
+Another package adds to the page through the entry-point group `perception.demo`: a function that gives more steps.
+"""
 
 import base64
 import html
 import io
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +33,25 @@ HONEST = (
     "answer is good."
 )
 
+GROUP = "perception.demo"
+
 Section = tuple[str, str, str]  # title, what it shows, body
+Step = Callable[[Path], tuple[Section, dict[str, Any]]]  # a folder for files -> what to show, and what to sum up
 
 
-def run(model: CLIP, out: Path, echo: Callable[[str], None]) -> tuple[Path, dict[str, Any]]:
-    """Run every step, say what is happening, and write `out/index.html`. Returns the page and a summary."""
+def run(
+    model: CLIP, out: Path, echo: Callable[[str], None], more: Iterable[Step] | None = None
+) -> tuple[Path, dict[str, Any]]:
+    """Run every step, say what is happening, and write `out/index.html`. Returns the page and a summary.
+
+    more  steps after the encoder's own; those that installed packages add when not given
+    """
     start, sections = time.perf_counter(), []
     summary: dict[str, Any] = {}
-    for step in (classify, search, components, matches, clip):
+    own: list[Step] = [partial(step, model) for step in (classify, search, components, matches, clip)]
+    for step in [*own, *(added() if more is None else more)]:
         began = time.perf_counter()
-        section, found = step(model, out)
+        section, found = step(out)
         echo(f"{section[0]:<44}{time.perf_counter() - began:6.1f} s")
         sections.append(section)
         summary |= found
@@ -46,6 +60,11 @@ def run(model: CLIP, out: Path, echo: Callable[[str], None]) -> tuple[Path, dict
     with atomic_write(page) as temporary:
         temporary.write_text(render(sections, summary["seconds"]), "utf-8")
     return page, summary
+
+
+def added() -> list[Step]:
+    """The steps of other packages."""
+    return [step for found in sorted(entry_points(group=GROUP), key=lambda e: e.name) for step in found.load()()]
 
 
 def classify(model: CLIP, out: Path) -> tuple[Section, dict[str, Any]]:
