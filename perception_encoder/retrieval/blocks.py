@@ -5,11 +5,15 @@ n rows  C width  L lists
 
 import struct
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from perception.errors import IndexError_, missing_extra
 from perception.files import atomic_write
@@ -41,14 +45,59 @@ def train(choice: Choice, sample: np.ndarray, width: int) -> Any:
         graph.this.disown()
         index.own_fields = True
         return index
-    index = faiss.index_factory(width, choice.factory(width), faiss.METRIC_INNER_PRODUCT)
+    plain = replace(choice, kind="ivf-flat") if choice.kind == "ivf-pq" else choice
+    index = faiss.index_factory(width, plain.factory(width), faiss.METRIC_INNER_PRODUCT)
     index.cp.seed, index.cp.niter = SEED, 10
     index.cp.min_points_per_centroid, index.cp.max_points_per_centroid = 1, 64
-    if choice.kind == "ivf-pq":
-        index.pq.cp.seed, index.pq.cp.niter = SEED, 10
-        index.pq.cp.min_points_per_centroid, index.pq.cp.max_points_per_centroid = 1, 64
     index.train(sample)
+    return _product_quantized(index, choice, sample) if choice.kind == "ivf-pq" else index
+
+
+def _product_quantized(lists: Any, choice: Choice, sample: np.ndarray) -> Any:
+    """An index of the same lists that keeps each residual in `choice.code` bytes (Jegou et al. 2011).
+
+    The codebooks are learnt here: faiss's own training takes minutes for narrow sub-vectors on some processors.
+    """
+    faiss = faiss_module()
+    index = faiss.IndexIVFPQ(lists.quantizer, lists.d, choice.lists, choice.code, 8, faiss.METRIC_INNER_PRODUCT)
+    index.own_fields, lists.own_fields = True, False
+    lists.quantizer.this.disown()
+    some = sample[: 64 * 256]
+    _, nearest = lists.quantizer.search(some, 1)
+    centres = lists.quantizer.reconstruct_n(0, choice.lists)
+    pieces = torch.from_numpy(some - centres[nearest[:, 0]]).unflatten(1, (choice.code, -1))  # n M C/M
+    books = [k_means(pieces[:, m].contiguous(), 256) for m in range(choice.code)]
+    faiss.copy_array_to_vector(torch.stack(books).flatten().numpy(), index.pq.centroids)
+    index.is_trained = True
     return index
+
+
+def k_means(points: Tensor, k: int, *, rounds: int = 10, seed: int = SEED, unit: bool = False) -> Tensor:
+    """k centres of n points (Lloyd's algorithm), always the same: n C -> k C
+
+    unit  centres of length 1, for points on the sphere
+
+    A centre that loses all its points moves to the point that is farthest from its own.
+    """
+    chosen = torch.randperm(len(points), generator=torch.Generator().manual_seed(seed))[:k]
+    centres = points[chosen].clone()
+    for _ in range(rounds):
+        nearest, score = assign(points, centres)
+        counts = torch.bincount(nearest, minlength=k)
+        sums = torch.zeros_like(centres).index_add_(0, nearest, points)
+        centres = sums / counts.clamp_min(1)[:, None]
+        if empty := (counts == 0).nonzero().flatten().tolist():
+            centres[empty] = points[score.argsort()[: len(empty)]]
+        centres = F.normalize(centres, dim=1) if unit else centres
+    return centres
+
+
+def assign(points: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest centre of each point, and how near: n each. Larger is nearer."""
+    half = 0.5 * centres.square().sum(dim=1)
+    found = [(some @ centres.T - half).max(dim=1) for some in points.split(max(1, 2**24 // len(centres)))]
+    score = torch.cat([one.values for one in found]) - 0.5 * points.square().sum(dim=1)
+    return torch.cat([one.indices for one in found]), score
 
 
 def fill(index: Any, rows: Iterator[tuple[np.ndarray, np.ndarray]]) -> Any:

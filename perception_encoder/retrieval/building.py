@@ -87,7 +87,9 @@ class _Test:
             self.sets["given queries"] = given
         self.queries = torch.cat(list(self.sets.values()))
         self.k = min(K, int(self.added.sum()))
-        self.wanted = now.exact(self.queries, self.k, self.added)[1] if len(self.queries) else np.empty((0, self.k), int)
+        self.wanted = (
+            now.exact(self.queries, self.k, self.added)[1] if len(self.queries) else np.empty((0, self.k), int)
+        )
 
     def shares(self, found: np.ndarray) -> dict[str, float]:
         """Recall of each set of queries."""
@@ -108,7 +110,9 @@ class _Test:
 
 def _numpy_search(now: Snapshot, queries: np.ndarray, k: int, added: np.ndarray) -> np.ndarray:
     """Brute force that shares no code with the search it judges. Q k rows"""
-    scores = np.concatenate([queries @ part.vectors.float().numpy().T for part in now.parts if len(part.vectors)], axis=1)
+    scores = np.concatenate(
+        [queries @ part.vectors.float().numpy().T for part in now.parts if len(part.vectors)], axis=1
+    )
     scores[:, ~added] = -np.inf
     return np.argsort(-scores, axis=1, kind="stable")[:, :k]
 
@@ -212,9 +216,7 @@ def _size(path: Path) -> int:
     return int(np.frombuffer(head[8:16], np.int64)[0])
 
 
-def _report(
-    now: Snapshot, choice: Choice, trials: list[Trial], test: _Test, budget: dict[str, Any]
-) -> dict[str, Any]:
+def _report(now: Snapshot, choice: Choice, trials: list[Trial], test: _Test, budget: dict[str, Any]) -> dict[str, Any]:
     chosen = next((trial for trial in trials if trial.effort == choice.effort), None)
     memory = choice.bytes(now.rows, now.manifest.width)
     latency, limit = chosen.seconds if chosen else None, budget["max_latency"]

@@ -40,7 +40,8 @@ def embed_with_processes(
     failed = context.SimpleQueue()
     running = [
         context.Process(
-            target=_work, args=(load, str(out), rank, processes, threads, {**run, "progress": progress and not rank}, failed)
+            target=_work,
+            args=(load, str(out), rank, processes, threads, {**run, "progress": progress and not rank}, failed),
         )
         for rank in range(min(processes, plan.parts))
     ]
@@ -51,7 +52,9 @@ def embed_with_processes(
     if not failed.empty():
         raise failed.get()
     if codes := [process.exitcode for process in running if process.exitcode]:
-        raise PerceptionError(f"{len(codes)} of {len(running)} processes ended with {codes}; run again to finish the parts")
+        raise PerceptionError(
+            f"{len(codes)} of {len(running)} processes ended with {codes}; run again to finish the parts"
+        )
     return Parts(out)
 
 

@@ -31,7 +31,15 @@ from perception_encoder.retrieval.choice import Choice
 from perception_encoder.retrieval.columns import Column, Value, column, id_hashes
 from perception_encoder.retrieval.filters import Filter
 from perception_encoder.retrieval.parts import Part, Sidecar, part_name, read_part, sidecar_path, write_part
-from perception_encoder.retrieval.store import Match, Metadata, OnDuplicate, Rows, check_ids, check_queries, check_vectors
+from perception_encoder.retrieval.store import (
+    Match,
+    Metadata,
+    OnDuplicate,
+    Rows,
+    check_ids,
+    check_queries,
+    check_vectors,
+)
 from perception_encoder.retrieval.versions import (
     FORMAT,
     HASH,
@@ -124,7 +132,12 @@ class FaissStore:
     # --- writing ---
 
     def add(
-        self, ids: Sequence[str], vectors: Tensor, columns: Metadata | None = None, *, on_duplicate: OnDuplicate = "error"
+        self,
+        ids: Sequence[str],
+        vectors: Tensor,
+        columns: Metadata | None = None,
+        *,
+        on_duplicate: OnDuplicate = "error",
     ) -> int:
         """New rows, found by the very next search. See `VectorStore.add`."""
         if on_duplicate not in ("error", "replace"):
@@ -138,7 +151,9 @@ class FaissStore:
             there = [row for row in now.find(ids) if row is not None]
             if there and on_duplicate == "error":
                 names = [str(now.columns(row)["id"]) for row in there[:3]]
-                raise ConfigError(f"{len(there)} ids are in the store already, such as {names}; on_duplicate='replace'?")
+                raise ConfigError(
+                    f"{len(there)} ids are in the store already, such as {names}; on_duplicate='replace'?"
+                )
             manifest = now.manifest
             sidecar = write_part(self.folder / PARTS, manifest.next_part, vectors, table, self.origin, [])
             ref = PartRef(sidecar.part, sidecar.rows, sidecar.sha256)

@@ -97,7 +97,9 @@ def _meets(condition: Condition, one: Column) -> np.ndarray:
     array = one.arrow()
     try:
         if condition.operator == "in":
-            met = pc.is_in(array, value_set=pa.array(condition.value).cast(array.type) if condition.value else array[:0])
+            met = pc.is_in(
+                array, value_set=pa.array(condition.value).cast(array.type) if condition.value else array[:0]
+            )
             met = pc.and_(met, pc.is_valid(array))
         else:
             met = operators[condition.operator](array, condition.value)

@@ -164,7 +164,7 @@ def write_plan(folder: Path, plan: Plan, chunks: Callable[[], Iterable[dict[str,
         listed = list(chunks())
         if not listed:
             raise ConfigError("there is nothing to embed: the source is empty")
-        text = "".join(json.dumps(chunk, sort_keys=True) + "\n" for chunk in listed)
+        text = "".join(map(chunk_line, listed))
         name = f"chunks-{hashlib.sha256(text.encode()).hexdigest()[:16]}.jsonl"
         rows = [chunk["rows"] for chunk in listed]
         plan = replace(plan, chunks=name, parts=len(listed), rows=None if None in rows else sum(rows))
@@ -177,6 +177,10 @@ def write_plan(folder: Path, plan: Plan, chunks: Callable[[], Iterable[dict[str,
         if other.name != stored.chunks:
             other.unlink(missing_ok=True)
     return stored
+
+
+def chunk_line(chunk: dict[str, Any]) -> str:
+    return json.dumps(chunk, sort_keys=True) + "\n"
 
 
 def check_same(stored: Plan, asked: Plan, folder: Path) -> None:

@@ -123,7 +123,30 @@ def make_plan(
 ) -> Plan:
     """The plan in `folder`, written if there is none. Of a source that grew since, the plan keeps the first listing."""
     found = as_source(source)
-    plan = Plan(
+    plan = plan_of(
+        model,
+        found,
+        batch_size=batch_size,
+        part_rows=part_rows,
+        normalize=normalize,
+        dtype=dtype,
+        file_format=file_format,
+    )
+    return write_plan(folder, plan, lambda: found.chunks(part_rows))
+
+
+def plan_of(
+    model: Any,
+    found: Source,
+    *,
+    batch_size: int = 64,
+    part_rows: int = 8192,
+    normalize: bool = True,
+    dtype: str = "float32",
+    file_format: str = "safetensors",
+) -> Plan:
+    """The settings as a plan, before its inputs are listed."""
+    return Plan(
         format=PLAN_FORMAT,
         kind=found.kind,
         source=found.settings(),
@@ -139,7 +162,6 @@ def make_plan(
         preprocess=str(model.preprocess.fingerprint()),
         chunks="chunks-.jsonl",
     )
-    return write_plan(folder, plan, lambda: found.chunks(part_rows))
 
 
 def run_parts(

@@ -103,9 +103,9 @@ def as_source(given: Any, *, video: "VideoMode" = "frames", **options: Any) -> S
         return _make(ParquetRows, tuple(files), options)
     if kind == "video":
         return _make(Videos, tuple(files), {"mode": video, **options})
-    folders = [str(one) for one in listed if Path(one).is_dir()]
-    folders = folders if len(folders) == len(listed) <= MAX_ROOTS else _folders(files)
-    return _make(Pictures, tuple(files), {"folders": tuple(folders), **options})
+    given_folders = [str(one) for one in listed if Path(one).is_dir()]
+    roots = given_folders if len(given_folders) == len(listed) <= MAX_ROOTS else folders(files)
+    return _make(Pictures, tuple(files), {"folders": tuple(roots), **options})
 
 
 def _make(kind: Any, files: tuple[str, ...], options: dict[str, Any]) -> Any:
@@ -161,7 +161,7 @@ def open_source(settings: Mapping[str, Any]) -> Source:
     return _make(kinds[settings["type"]], (), options)  # type: ignore[no-any-return]
 
 
-def _folders(files: Iterable[str]) -> list[str]:
+def folders(files: Iterable[str]) -> list[str]:
     """The folders of some files; of very many, the one they all lie in."""
     found = sorted({str(Path(file).parent) for file in files})
     return found if len(found) <= MAX_ROOTS else [os.path.commonpath([os.path.abspath(one) for one in found])]  # noqa: PTH100
@@ -183,7 +183,7 @@ class Pictures:
         return {"type": self.type, "folders": list(self.folders)}
 
     def roots(self) -> list[str]:
-        return list(self.folders) or _folders(self.files)
+        return list(self.folders) or folders(self.files)
 
     def chunks(self, rows: int) -> Iterator[Chunk]:
         for start in range(0, len(self.files), rows):
@@ -221,7 +221,7 @@ class TextLines:
         return {"type": self.type}
 
     def roots(self) -> list[str]:
-        return _folders(self.files)
+        return folders(self.files)
 
     def chunks(self, rows: int) -> Iterator[Chunk]:
         for file in self.files:
@@ -275,7 +275,7 @@ class Tars:
         return {"type": self.type}
 
     def roots(self) -> list[str]:
-        return _folders(self.files)
+        return folders(self.files)
 
     def chunks(self, rows: int) -> Iterator[Chunk]:
         """Only the headers are read: one seek a member."""
@@ -419,7 +419,7 @@ class ParquetRows:
         return {"type": self.type, **found, "id": self.id, "keep": list(self.keep), "shown": self.shown}
 
     def roots(self) -> list[str]:
-        return _folders(self.files)
+        return folders(self.files)
 
     def chunks(self, rows: int) -> Iterator[Chunk]:
         for file in self.files:
@@ -535,7 +535,7 @@ class Videos:
         return {"type": self.type, "mode": self.mode, **sizes}
 
     def roots(self) -> list[str]:
-        return _folders(self.files)
+        return folders(self.files)
 
     def chunks(self, rows: int) -> Iterator[Chunk]:
         """How many rows a video makes is known once it is read; a hundred is the guess."""

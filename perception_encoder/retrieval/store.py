@@ -48,7 +48,12 @@ class VectorStore(Protocol):
     def __len__(self) -> int: ...
 
     def add(
-        self, ids: Sequence[str], vectors: Tensor, columns: Metadata | None = None, *, on_duplicate: OnDuplicate = "error"
+        self,
+        ids: Sequence[str],
+        vectors: Tensor,
+        columns: Metadata | None = None,
+        *,
+        on_duplicate: OnDuplicate = "error",
     ) -> int:
         """Raises ConfigError for ids that are there already or come twice, unless they are to be replaced."""
         ...

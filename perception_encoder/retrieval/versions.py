@@ -88,7 +88,9 @@ def read_manifest(folder: Path) -> Manifest:
         raise IndexError_(f"{path} has format {manifest.format!r}; this release reads {FORMAT!r}")
     version = f"{manifest.version:06d}"
     for name, start, end in ((manifest.index, "index-", ".faiss"), (manifest.deleted, "deleted-", ".safetensors")):
-        if name is not None and not (name.startswith(start) and name.endswith(end) and len(name) == len(start + end) + 6):
+        if name is not None and not (
+            name.startswith(start) and name.endswith(end) and len(name) == len(start + end) + 6
+        ):
             raise IndexError_(f"{path} of version {version} names {name!r}; expected a file of its own")
     if len({part.number for part in manifest.parts}) < len(manifest.parts):
         raise IndexError_(f"{path} names a part twice")
@@ -146,11 +148,15 @@ class Snapshot:
             if len(part.vectors) != ref.rows or part.sidecar.sha256 != ref.sha256:
                 raise IndexError_(f"part {ref.number} of {folder} is not the one the store was built from")
             if ref.rows and part.vectors.shape[1] != manifest.width:
-                raise IndexError_(f"part {ref.number} of {folder} is {part.vectors.shape[1]} wide, not {manifest.width}")
+                raise IndexError_(
+                    f"part {ref.number} of {folder} is {part.vectors.shape[1]} wide, not {manifest.width}"
+                )
             parts.append(part)
         same = before is not None and before.manifest.index == manifest.index
         index = before.index if before is not None and same else _open_index(folder, manifest)
-        base = before._base if before is not None and manifest.parts[: len(before.parts)] == before.manifest.parts else []
+        base = (
+            before._base if before is not None and manifest.parts[: len(before.parts)] == before.manifest.parts else []
+        )
         return cls(folder, manifest, tuple(parts), index, _alive(folder, manifest), list(base))
 
     @cached_property
@@ -239,9 +245,11 @@ class Snapshot:
     def rescore(self, queries: Tensor, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The exact scores of candidates, from the stored vectors: what the codes rounded away comes back."""
         scores = np.full(rows.shape, -np.inf, np.float32)
-        for query, (mine, row) in enumerate(zip(scores, rows, strict=True)):
-            there = row >= 0
-            mine[there] = (self.vectors(row[there]) @ queries[query]).numpy()
+        for start in range(0, len(rows), 64):
+            some = rows[start : start + 64]
+            vectors = self.vectors(some.clip(0).ravel()).unflatten(0, some.shape)  # q r C
+            exact = torch.einsum("qrc,qc->qr", vectors, queries[start : start + 64]).numpy()
+            scores[start : start + 64] = np.where(some >= 0, exact, -np.inf)
         return scores, rows
 
     def exact(
