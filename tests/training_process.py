@@ -1,0 +1,36 @@
+"""One process of a tiny run, for tests that need several or kill one: python training_process.py OUT JSON"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from training_tiny import Colours, tiny_assistant, tiny_run  # noqa: E402
+
+from perception.settings import read_settings  # noqa: E402
+from perception.training.distributed import EngineConfig  # noqa: E402
+from perception_lm.training.launch import train  # noqa: E402
+
+
+def main(out: str, settings: str) -> None:
+    torch.set_num_threads(1)
+    given = json.loads(settings)
+    die_at = given.pop("die_at", None)
+    engine = read_settings(EngineConfig, given.pop("engine", {}), "engine")
+
+    def after_step(trainer: object, line: dict[str, float]) -> None:
+        print("step", line["step"], flush=True)
+        if line["step"] == die_at and os.environ.get("RANK") == "1":
+            os._exit(3)
+
+    run = tiny_run(Path(out), engine=engine, **given)
+    done = train(run, assistant=tiny_assistant(), sources={"colours": Colours()}, after_step=after_step)
+    print("done" if done else "stopped", flush=True)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

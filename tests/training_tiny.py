@@ -1,0 +1,66 @@
+"""A tiny assistant and rows for it to learn from."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+from plm_tiny import tiny_config, tiny_model
+
+from perception_lm.assistant import Assistant
+from perception_lm.tokenizer import LlamaTokenizer
+from perception_lm.training.run import DataConfig, ModelConfig, OptimizerConfig, Run
+from perception_lm.zoo import assemble
+
+TOKENIZER = Path(__file__).parent / "golden" / "plm" / "tokenizer.model"
+COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 230)}
+
+
+def tiny_assistant(seed: int = 0) -> Assistant:
+    """24-pixel tiles of 4 tokens, the golden tokenizer, context 900."""
+    config = tiny_config()
+    return assemble(tiny_model(config, seed), LlamaTokenizer.from_file(TOKENIZER), config.media)
+
+
+class Colours:
+    """A picture of one colour, its name, and some words more or less."""
+
+    def __init__(self, size: int = 64, seed: int = 0):
+        self.size, self.seed = size, seed
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        name = list(COLOURS)[(index + self.seed) % 3]
+        turn = {"from": "human", "value": "<image>\nWhat?" + " really" * (index % 5)}
+        answer = {"from": "assistant", "value": f"{name} {index}"}
+        if index % 4 == 3:
+            return {"conversations": [{"from": "human", "value": "Say it."}, answer]}
+        return {"image": Image.new("RGB", (30, 20), COLOURS[name]), "conversations": [turn, answer]}
+
+
+def tiny_run(out: Path, **changes: Any) -> Run:
+    given = {
+        "out": str(out),
+        "steps": 4,
+        "batch": 6,
+        "model": ModelConfig(init="unused"),
+        "data": DataConfig(seq_len=160, tokens=320, tiling="vanilla"),
+        "optimizer": OptimizerConfig(lr=3e-3),
+        "export": (),
+    }
+    return Run(**{**given, **changes})
+
+
+def write_rows(folder: Path, rows: Sequence[Any], name: str = "rows.jsonl") -> Path:
+    """A JSONL file; texts in `rows` are written as they are."""
+    path = folder / name
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+def turns(answer: str = "yes", question: str = "What?") -> list[dict[str, str]]:
+    return [{"from": "human", "value": question}, {"from": "assistant", "value": answer}]
