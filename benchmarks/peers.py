@@ -6,7 +6,6 @@ write the published files, so every contender computes the same function.
 
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -66,15 +65,13 @@ def tower(name: str) -> VisionTransformer:
     return randomise(model.to_empty(device="cpu"))  # type: ignore[return-value]
 
 
-def clip(name: str, *, vision_depth: int | None = None) -> CLIP:
-    """A pair of towers; the vision tower may be cut short where only the text is measured."""
+def clip(name: str) -> CLIP:
     from perception_encoder.text import TextTransformer
     from perception_encoder.zoo import MODELS
 
     entry = MODELS.get(name)
-    vision = entry.vision if vision_depth is None else replace(entry.vision, depth=vision_depth)
     with torch.device("meta"):
-        model = CLIP(VisionTransformer(vision), TextTransformer(entry.text))
+        model = CLIP(VisionTransformer(entry.vision), TextTransformer(entry.text))
     return randomise(model.to_empty(device="cpu"))  # type: ignore[return-value]
 
 

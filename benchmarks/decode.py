@@ -1,0 +1,260 @@
+"""How fast does the language model answer, beside transformers' on the same weights and beside memory itself?
+
+    python benchmarks/decode.py --only "answer" --threads 2
+    python benchmarks/decode.py --only "second question"
+
+A slice of Perception-LM-1B: its widths, vocabulary and tower, 4 of its 16 layers (506 M parameters read a token) with
+random weights. "answer": 24 tokens after a prompt of 16, whole `generate` calls, greedy, nothing that stops early;
+the limit is reading memory, so a share is the part of the bandwidth with which weights are read. "batch 8": eight
+prompts of 8 to 64 tokens, padded there. "prefill": the first token after a tile of 448 pixels and a question, the
+tower of 23 layers among it. "second question": the first token of another question on the same picture. A contender
+whose one call takes longer than 25 s is left out, and said so.
+"""
+
+import copy
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+from harness import Call, Gate, Limit, Options, describe, options, race, save, show
+from peers import DTYPES, agree, fill, gemm, randomise, read_sweep, shim
+from torch import Tensor, nn
+
+from perception.checkpoint import convert
+from perception.optimize import optimize
+from perception_lm import foreign_configs as foreign
+from perception_lm import generation
+from perception_lm.checkpoints import builder, hugging_face
+from perception_lm.config import PlmConfig
+from perception_lm.model import PerceptionLM
+from perception_lm.processor import Batch
+from perception_lm.zoo import MODELS
+
+TOO_SLOW, DEPTH, NEW, PROMPT = 25.0, 4, 24, 16
+BF16, VNNI = ("avx512_bf16",), ("avx512_bf16", "avx512_vnni")
+
+
+def slice_of_1b(depth: int = DEPTH, tower: int = 1) -> tuple[PlmConfig, PerceptionLM]:
+    config = MODELS.get("Perception-LM-1B").config
+    vision, decoder = replace(config.vision, depth=tower), replace(config.decoder, depth=depth)
+    config = replace(config, vision=vision, decoder=decoder)
+    with torch.device("meta"):
+        model = builder(config, config.decoder.vocab - 254)
+    return config, randomise(model.to_empty(device="cpu"))  # type: ignore[return-value]
+
+
+def transformers_model(config: PlmConfig, model: PerceptionLM) -> nn.Module:
+    """transformers' model with our weights, and nothing that ends an answer early."""
+    shim()
+    from transformers import PerceptionLMConfig, PerceptionLMForConditionalGeneration
+
+    vocab = config.decoder.vocab
+    special = {"bos": vocab - 256, "end": vocab - 255, "eot": vocab - 247}
+    described = foreign.write_hugging_face(
+        config, media_tokens=(model.media_token, model.media_token + 1), special=special, dtype="float32"
+    )
+    settings = PerceptionLMConfig(**{key: value for key, value in described.items() if key != "model_type"})
+    settings.tie_word_embeddings = False  # filled below; tied by hand, for the table names the embedding once
+    theirs = PerceptionLMForConditionalGeneration(settings)
+    state = dict(convert(model.state_dict(), hugging_face(config), back=True))
+    state.setdefault("lm_head.weight", state["model.language_model.embed_tokens.weight"])
+    fill(theirs, state)
+    theirs.generation_config.eos_token_id = None
+    theirs.generation_config.pad_token_id = 0
+    return theirs
+
+
+def batch_of(tokens: Tensor, lengths: list[int], pixels: Tensor | None = None) -> Batch:
+    return Batch(
+        tokens=tokens, lengths=tuple(lengths), pixels=pixels, media_counts=(int(pixels is not None),) * len(lengths)
+    )
+
+
+def answer(model: Any, batch: Batch, new: int, reuse: Any = None) -> Tensor:
+    replies = generation.generate(model, batch, lambda ids: "", max_new_tokens=new, stop_tokens=(), reuse=reuse)
+    return torch.tensor([reply.tokens for reply in replies])
+
+
+def theirs_answer(model: Any, tokens: Tensor, lengths: list[int], new: int, pixels: Tensor | None = None) -> Tensor:
+    left = torch.zeros_like(tokens)  # transformers pads on the left
+    mask = torch.zeros_like(tokens)
+    for row, length in enumerate(lengths):
+        left[row, tokens.shape[1] - length :] = tokens[row, :length]
+        mask[row, tokens.shape[1] - length :] = 1
+    media = {} if pixels is None else {"pixel_values": pixels[None]}
+    found = model.generate(input_ids=left, attention_mask=mask, max_new_tokens=new, do_sample=False, **media)
+    return found[:, -new:]
+
+
+def first_logits(model: Any, theirs: Any, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    return model(tokens)[:, -1], theirs(input_ids=tokens).logits[:, -1]
+
+
+def weight_bytes(config: PlmConfig, bits: float) -> float:
+    """Of one token: every matrix of the blocks, and the output's."""
+    d = config.decoder
+    block = d.width * d.head_dim * (2 * d.heads + 2 * d.kv_heads) + 3 * d.width * d.mlp_width
+    return (d.depth * block + d.vocab * d.width) * bits / 8
+
+
+def answers(chosen: Options, threads: int, rows: int) -> dict:
+    """Decoding, batch 1 or a ragged batch of 8."""
+    torch.set_num_threads(threads)
+    config, plain = slice_of_1b(1 if chosen.quick else DEPTH)
+    g = torch.Generator().manual_seed(1)
+    lengths = [PROMPT] if rows == 1 else [8 + 8 * row for row in range(rows)]
+    tokens = torch.randint(0, 128_000, (rows, max(lengths)), generator=g)
+    batch, new = batch_of(tokens, lengths), 8 if chosen.quick or rows > 1 else NEW
+    theirs = transformers_model(config, plain)
+    wanted, found = first_logits(plain, theirs, tokens[:1])
+    differences = agree(found, {"ours, plain fp32": wanted}, relative=1e-4)
+    assert torch.equal(answer(plain, batch, 4), theirs_answer(theirs, tokens, lengths, 4)), "greedy tokens differ"
+    half, theirs_half = copy.deepcopy(plain).bfloat16(), transformers_model(config, plain).bfloat16()
+    twins = {
+        "fp32": (plain, None, 32),
+        "bf16": (half, None, 16),
+        "int8": (half, "int8", 8.1),
+        "int4": (half, "int4", 4.5),
+    }
+    calls: dict[str, Call] = {
+        "transformers fp32": lambda: theirs_answer(theirs, tokens, lengths, new),
+        "transformers bf16": lambda: theirs_answer(theirs_half, tokens, lengths, new),
+    }
+    work, bounds = {}, {"fp32": 0.99999, "bf16": 0.999, "int8": 0.99, "int4": 0.8}
+    for name, (model, quantize, bits) in twins.items():
+        if chosen.quick and name in ("bf16", "int4"):
+            continue
+        fast = optimize(model, quantize)
+        differences |= agree(wanted, {f"ours {name}": fast(tokens[:1])[:, -1]}, cosine=bounds[name])
+        calls[f"ours {name}"] = lambda fast=fast: answer(fast, batch, new)
+        work[f"ours {name}"] = new * weight_bytes(config, bits)
+    work |= {
+        f"transformers {name}": new * weight_bytes(config, bits) for name, (_, _, bits) in twins.items() if bits > 9
+    }
+    calls, left_out = leave_out(calls)
+    found = race(calls, read_sweep(), work=work, rounds=chosen.rounds, least=chosen.least)
+    peer = ("transformers bf16",)
+    what = f"decoding, batch {rows}" + (", ragged" if rows > 1 else "")
+    gates = [
+        Gate(what=f"{what}, bf16 / transformers", ours="ours bf16", peers=peer, least=2.3, aim=3.1, needs=BF16),
+        Gate(what=f"{what}, bf16: share of bandwidth", ours="ours bf16", least=0.6, aim=0.8, needs=BF16),
+        Gate(what=f"{what}, int8 / transformers bf16", ours="ours int8", peers=peer, least=4, aim=6, needs=VNNI),
+        Gate(what=f"{what}, int4 / transformers bf16", ours="ours int4", peers=peer, least=5, aim=8, needs=VNNI),
+    ]
+    if rows > 1:
+        gates = [
+            Gate(what=f"{what}, bf16 / transformers padded", ours="ours bf16", peers=peer, least=2, aim=2.3, needs=BF16)
+        ]
+    per_token = {
+        name: round(1e3 * sorted(found.seconds[name])[len(found.seconds[name]) // 2] / new, 2) for name in calls
+    }
+    more = {"ms a token": per_token, "differences": differences, "left out": left_out}
+    return describe(found, [] if chosen.quick else gates, threads, **more)
+
+
+def leave_out(calls: dict[str, Call]) -> tuple[dict[str, Call], dict[str, str]]:
+    kept, left_out = {}, {}
+    for name, call in calls.items():
+        start = time.perf_counter()
+        call()
+        if (took := time.perf_counter() - start) > TOO_SLOW:
+            left_out[name] = f"one call takes {took:.0f} s here"
+        else:
+            kept[name] = call
+    return kept, left_out
+
+
+def picture_prompt(config: PlmConfig, seed: int) -> Tensor:
+    """A tile's slots between a few tokens, then a question of 24 tokens."""
+    slots = (config.vision.grid // config.projector.pool) ** 2
+    head = torch.arange(8)
+    question = torch.randint(0, 128_000, (24,), generator=torch.Generator().manual_seed(seed))
+    media = torch.full((slots,), config.decoder.vocab - 254)
+    return torch.cat([head, media, torch.tensor([9]), question])[None]
+
+
+def pictures(chosen: Options, threads: int, what: str, dtype: str) -> dict:
+    """The first token after a picture, or after another question on the same one."""
+    torch.set_num_threads(threads)
+    config, plain = slice_of_1b(tower=23)
+    plain = plain.to(DTYPES[dtype])
+    theirs = transformers_model(config, plain)
+    pixels = torch.randn(1, 3, 448, 448, generator=torch.Generator().manual_seed(2)).to(DTYPES[dtype])
+    prompts = [picture_prompt(config, seed) for seed in (3, 4)]
+    length, fast = prompts[0].shape[1], optimize(plain)
+    differences = agree(
+        theirs(input_ids=prompts[0], pixel_values=pixels[None]).logits[:, -1],
+        {"ours": fast(prompts[0], pixels)[:, -1]},
+        cosine=0.9999 if dtype == "fp32" else 0.99,
+    )
+    calls: dict[str, Call] = {"transformers": lambda: theirs_answer(theirs, prompts[0], [length], 1, pixels)}
+    if what == "prefill":
+        calls["ours"] = lambda: answer(fast, batch_of(prompts[0], [length], pixels), 1)
+        if dtype == "bf16":
+            small = optimize(plain, "int8")
+            calls["ours int8"] = lambda: answer(small, batch_of(prompts[0], [length], pixels), 1)
+    else:
+        session, turn = generation.Session(), [0]
+
+        def second() -> Tensor:
+            turn[0] = 1 - turn[0]  # never the question that the cache holds
+            return answer(fast, batch_of(prompts[turn[0]], [length], pixels), 1, reuse=session)
+
+        calls["ours"] = second
+    calls, left_out = leave_out(calls)
+    limit: Limit = gemm(DTYPES[dtype], 1024, config.vision.width, config.vision.mlp_width)
+    found = race(calls, limit, rounds=chosen.rounds, least=chosen.least)
+    peer = ("transformers",)
+    if what == "prefill":
+        gates = [
+            Gate(
+                what="prefill with one tile, bf16 / transformers",
+                ours="ours",
+                peers=peer,
+                least=1.35,
+                aim=1.6,
+                needs=BF16,
+            )
+        ]
+        gates.append(
+            Gate(
+                what="prefill with one tile, int8 / transformers bf16",
+                ours="ours int8",
+                peers=peer,
+                least=1.9,
+                aim=2.4,
+                needs=VNNI,
+            )
+        )
+        gates = gates if dtype == "bf16" else []
+    else:
+        gates = [
+            Gate(what="second question on the same picture / transformers", ours="ours", peers=peer, least=10, aim=30)
+        ]
+    return describe(found, gates, threads, **{"differences": differences, "left out": left_out})
+
+
+CASES = {
+    "answer, batch 1": lambda chosen, threads: answers(chosen, threads, 1),
+    "answer, batch 8": lambda chosen, threads: answers(chosen, threads, 8),
+    "prefill fp32": lambda chosen, threads: pictures(chosen, threads, "prefill", "fp32"),
+    "prefill bf16": lambda chosen, threads: pictures(chosen, threads, "prefill", "bf16"),
+    "second question": lambda chosen, threads: pictures(chosen, threads, "second question", "fp32"),
+}
+
+
+@torch.inference_mode()
+def main() -> None:
+    chosen, cases = options(__doc__), {}
+    for threads in chosen.threads:
+        for name, run in CASES.items():
+            case = f"{name}, {threads} threads"
+            if chosen.wants(case) and not (chosen.quick and name != "answer, batch 1"):
+                cases[case] = run(chosen, threads)
+                show(case, cases[case])
+                save("decode", __doc__, cases, chosen)
+
+
+if __name__ == "__main__":
+    main()
