@@ -4,7 +4,7 @@ B batch  N tokens  P prefix tokens  D width  C output width  T nodes of a tree o
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from perception.errors import ConfigError
 from perception.kernels.fused import Operators, operators
-from perception.kernels.linear import PackedLinear, choose, fold, pack
+from perception.kernels.linear import Late, PackedLinear, choose, finish, fold, pack
 from perception.layers import LayerScale, Mlp
 from perception.optimize import FastPart, Plan
 from perception.rope import Rope, rope_2d
@@ -55,7 +55,8 @@ def fast_vision(tower: VisionTransformer, plan: Plan) -> "FastVision":
 
 
 def fast_text(text: TextTransformer, plan: Plan) -> "FastText":
-    return FastText(text, plan)
+    """Never rounded to 8 bits: short texts are cheap already, and become classifiers that judge every picture."""
+    return FastText(text, replace(plan, quantize=None))
 
 
 class FastVision(FastPart):
@@ -281,12 +282,10 @@ class FastMlp:
 
     def __init__(self, fc1: PackedLinear, fc2: PackedLinear, ops: Operators):
         self.fc1, self.fc2, self.ops = fc1, fc2, ops
-        fc1.defer()
-        fc2.defer()
 
     def __call__(self, normed: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        hidden = self.fc1.gelu(normed) if self.fc1.gelu_inside else self.ops.gelu(self.fc1(normed), self.fc1.late)
-        return self.fc2.accumulate(hidden, x), self.fc2.late
+        hidden = self.fc1.gelu(normed) if self.fc1.gelu_inside else self.ops.gelu(*self.fc1.unfinished(normed))
+        return self.fc2.accumulate(hidden, x)
 
 
 class FastBlock:
@@ -296,13 +295,11 @@ class FastBlock:
         self, norm1: FastNorm, qkv: PackedLinear, proj: PackedLinear, norm2: FastNorm, mlp: FastMlp, heads: int
     ):
         self.norm1, self.qkv, self.proj, self.norm2, self.mlp, self.heads = norm1, qkv, proj, norm2, mlp, heads
-        qkv.defer()
-        proj.defer()
 
     def __call__(self, x: Tensor, rope: Rope, late: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        qkv = self.qkv(self.norm1(x, late))
-        x = self.proj.accumulate(self.norm1.ops.attention(qkv, self.heads, rope, self.qkv.late), x)
-        return self.mlp(self.norm2(x, self.proj.late), x)
+        qkv, rest = self.qkv.unfinished(self.norm1(x, late))
+        x, late = self.proj.accumulate(self.norm1.ops.attention(qkv, self.heads, rope, rest), x)
+        return self.mlp(self.norm2(x, late), x)
 
 
 class FastTextBlock:
@@ -312,15 +309,14 @@ class FastTextBlock:
         self, norm1: FastNorm, qkv: PackedLinear, proj: PackedLinear, norm2: FastNorm, mlp: FastMlp, heads: int
     ):
         self.norm1, self.qkv, self.proj, self.norm2, self.mlp, self.heads = norm1, qkv, proj, norm2, mlp, heads
-        qkv.defer()
-        proj.defer()
 
     def __call__(self, x: Tensor, tree: Tree, late: Tensor | None) -> tuple[Tensor, Tensor | None]:
         D = x.shape[1]
-        q, kv = self.qkv(self.norm1(x, late)).split([D, 2 * D], dim=1)
-        attended = self.norm1.ops.tree(q, kv, tree.path, tree.lengths, self.heads, self.qkv.late)
-        x = self.proj.accumulate(attended, x)
-        return self.mlp(self.norm2(x, self.proj.late), x)
+        qkv, (bias, scale) = self.qkv.unfinished(self.norm1(x, late))
+        q, kv = finish(qkv, Late(scale=scale)).split([D, 2 * D], dim=1)
+        attended = self.norm1.ops.tree(q, kv, tree.path, tree.lengths, self.heads, bias)
+        x, late = self.proj.accumulate(attended, x)
+        return self.mlp(self.norm2(x, late), x)
 
 
 class FastLastBlock:
@@ -338,14 +334,13 @@ class FastLastBlock:
     ):
         self.norm1, self.q, self.kv, self.proj, self.norm2, self.mlp = norm1, q, kv, proj, norm2, mlp
         self.heads = heads
-        proj.defer()
 
     def __call__(self, x: Tensor, tree: Tree, late: Tensor | None) -> tuple[Tensor, Tensor | None]:
         normed = self.norm1(x, late)
         kv = self.kv(normed)
         x, normed, path, lengths = (t[tree.ends] for t in (x, normed, tree.path, tree.lengths))
-        x = self.proj.accumulate(self.norm1.ops.tree(self.q(normed), kv, path, lengths, self.heads, None), x)
-        return self.mlp(self.norm2(x, self.proj.late), x)
+        x, late = self.proj.accumulate(self.norm1.ops.tree(self.q(normed), kv, path, lengths, self.heads, None), x)
+        return self.mlp(self.norm2(x, late), x)
 
 
 class FastPool:

@@ -5,7 +5,7 @@ M rows  K inputs  N outputs
 
 import functools
 import logging
-from typing import Literal
+from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -76,6 +76,24 @@ def fold(
     return w.float(), b.float()
 
 
+class Late(NamedTuple):
+    """What a product leaves to whoever reads it next: y * scale + bias.
+
+    bias   N, or None
+    scale  one number a row, or None
+    """
+
+    bias: Tensor | None = None
+    scale: Tensor | None = None
+
+
+def finish(y: Tensor, late: Late) -> Tensor:
+    """y * scale + bias, in place."""
+    if late.scale is not None:
+        y.mul_(late.scale[..., None])
+    return y if late.bias is None else y.add_(late.bias)
+
+
 class PackedLinear:
     """The plain form, F.linear, and what every form offers.
 
@@ -91,7 +109,6 @@ class PackedLinear:
         self.out_features, self.in_features = weight.shape
         self.dtype = dtype
         self.bias = None if bias is None else bias.to(dtype)
-        self.late: Tensor | None = None
         self._hold(weight)
 
     def _hold(self, weight: Tensor) -> None:
@@ -99,30 +116,28 @@ class PackedLinear:
         self.turned = self.weight.t()  # K N
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        y = self._product(x)
+        y = self._product(x, self.bias)
         return y if residual is None else y.add_(residual)
 
-    def _product(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        return F.linear(x, self.weight, bias)
 
     def gelu(self, x: Tensor) -> Tensor:
         """The exact (erf) GELU of the result."""
         return F.gelu(self(x))
 
-    def accumulate(self, x: Tensor, into: Tensor) -> Tensor:
-        """`into` plus the result; `into` may be written over."""
+    def unfinished(self, x: Tensor) -> tuple[Tensor, Late]:
+        """The result, without what would cost a pass of its own: the caller takes that in while reading it."""
         if self.dtype != torch.float32:
-            return self(x, into)
-        rows = into.view(-1, self.out_features)
-        if self.bias is not None:
-            rows.add_(self.bias)
-        rows.addmm_(x.reshape(-1, self.in_features), self.turned)
-        return into
+            return self(x), Late()
+        return self._product(x, None), Late(self.bias)
 
-    def defer(self) -> None:
-        """Leave the bias out from now on where adding it costs a pass: what `late` then holds is the caller's to add."""
-        if self.dtype == torch.float32:
-            self.late, self.bias = self.bias, None
+    def accumulate(self, x: Tensor, into: Tensor) -> tuple[Tensor, Tensor | None]:
+        """`into`, which may be written over, plus the result; and a bias that it still lacks."""
+        if self.dtype != torch.float32:
+            return self(x, into), None
+        into.view(-1, self.out_features).addmm_(x.reshape(-1, self.in_features), self.turned)
+        return into, self.bias
 
     def __repr__(self) -> str:
         return f"PackedLinear({self.in_features} -> {self.out_features}, {self.form})"
@@ -136,9 +151,9 @@ class Transposed(PackedLinear):
     def _hold(self, weight: Tensor) -> None:
         self.turned = weight.to(self.dtype).t().contiguous()
 
-    def _product(self, x: Tensor) -> Tensor:
+    def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
         rows = x.reshape(-1, self.in_features)
-        y = rows @ self.turned if self.bias is None else torch.addmm(self.bias, rows, self.turned)
+        y = rows @ self.turned if bias is None else torch.addmm(bias, rows, self.turned)
         return y.view(*x.shape[:-1], self.out_features)
 
 
@@ -165,11 +180,11 @@ class OneDnn(PackedLinear):
     def gelu_fused(self, x: Tensor) -> Tensor:
         return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "gelu", [], "none")
 
-    def accumulate(self, x: Tensor, into: Tensor) -> Tensor:
-        return self(x, into)
+    def unfinished(self, x: Tensor) -> tuple[Tensor, Late]:
+        return self(x), Late()  # the epilogue adds the bias for nothing
 
-    def defer(self) -> None:
-        """The epilogue adds it for nothing."""
+    def accumulate(self, x: Tensor, into: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self(x, into), None
 
 
 class Float32(PackedLinear):
@@ -187,9 +202,15 @@ class Float32(PackedLinear):
     def gelu(self, x: Tensor) -> Tensor:
         return self.inner.gelu(x.float()).to(self.dtype)
 
+    def unfinished(self, x: Tensor) -> tuple[Tensor, Late]:
+        return self(x), Late()
+
+    def accumulate(self, x: Tensor, into: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self(x, into), None
+
 
 class Int8(PackedLinear):
-    """Weights and inputs in 8 bits: one scale an output, one scale and offset a call (onednn.qlinear_pointwise)."""
+    """Weights and inputs in 8 bits: one scale an output, one scale a row of the input (onednn.qlinear_pointwise)."""
 
     form = "int8"
     top = 127
@@ -202,17 +223,22 @@ class Int8(PackedLinear):
         self.zeros = torch.zeros(len(weight), dtype=torch.int32)
         self.bias = None if self.bias is None else self.bias.float()
 
-    def _product(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        y = finish(*self.unfinished(x)).to(self.dtype)
+        return y if residual is None else y.add_(residual)
+
+    def unfinished(self, x: Tensor) -> tuple[Tensor, Late]:
         values, scale, zero = quantize_rows(x)
-        return torch.ops.onednn.qlinear_pointwise(
-            values, scale, zero, self.weight, self.scale, self.zeros, self.bias, 1.0, 0, self.dtype, "none", [], "none"
+        y = torch.ops.onednn.qlinear_pointwise(
+            values, 1.0, zero, self.weight, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], "none"
         )
+        return y, Late(self.bias, scale)
 
-    def accumulate(self, x: Tensor, into: Tensor) -> Tensor:
-        return into.add_(self(x))
-
-    def defer(self) -> None:
-        """The product adds it as it leaves its accumulators."""
+    def accumulate(self, x: Tensor, into: Tensor) -> tuple[Tensor, Tensor | None]:
+        y, late = self.unfinished(x)
+        if into.dtype != torch.float32:
+            return into.add_(finish(y, late)), None
+        return into.addcmul_(y, cast(Tensor, late.scale)[..., None]), late.bias
 
 
 class Int8Narrow(Int8):
@@ -315,13 +341,14 @@ def _sample(m: int, k: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
     return weight * k**-0.5, bias, x
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, float, int]:
-    """x as uint8 with its scale and zero point: (values - zero) * scale is about x. Zero is met exactly."""
-    if x.dtype == torch.float32 and x.is_contiguous() and (compiled := kernels(build=False)) is not None:
-        return compiled.quantize(x)
-    low, high = (float(t) for t in x.aminmax())
-    low, high = min(low, 0.0), max(high, 0.0)
-    scale = max((high - low) / 254, 1e-12)  # 254: one level is left for the rounding of `zero`
-    zero = round(-low / scale)
-    values = torch.add(torch.tensor(zero + 0.5), x.float(), alpha=1 / scale).to(torch.uint8)  # rounds: all is positive
+def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, int]:
+    """x as uint8, one scale a row, and a zero point for all: (values - zero) * scale is about x; 0 is met exactly."""
+    x = x.float()
+    if (compiled := kernels(build=False)) is not None:
+        return compiled.quantize(x.contiguous())
+    low, high = x.amin(dim=-1).clamp_max_(0.0), x.amax(dim=-1).clamp_min_(0.0)
+    lowest, highest = float(low.min()), float(high.max())
+    zero = round(253 * -lowest / max(highest - lowest, 1e-30)) + 1  # 1 to 254: each side has a level
+    scale = torch.maximum(-low / zero, high / (255 - zero)).clamp_min_(1e-30)
+    values = (x / scale[..., None]).add_(zero + 0.5).clamp_(0, 255).to(torch.uint8)  # cutting off rounds: all >= 0
     return values, scale, zero

@@ -25,12 +25,12 @@ constexpr int CHUNK = 64;        // values of so many keys at a time
 
 int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
-// One row of head_dim values: widened, with its bias, turned by its angles, scaled.
+// One row of head_dim values: widened, times its factor, with its bias, turned by its angles, scaled.
 template <typename T>
-inline void read_row(const T* x, const float* bias, const float* cos, const float* sin, float scale, int64_t d,
-                     float* to) {
+inline void read_row(const T* x, float factor, const float* bias, const float* cos, const float* sin, float scale,
+                     int64_t d, float* to) {
   float row[128];
-  for (int64_t i = 0; i < d; i++) row[i] = widen(x[i]) + (bias ? bias[i] : 0.0f);
+  for (int64_t i = 0; i < d; i++) row[i] = widen(x[i]) * factor + (bias ? bias[i] : 0.0f);
   if (cos == nullptr) {
     for (int64_t i = 0; i < d; i++) to[i] = row[i] * scale;
     return;
@@ -101,6 +101,7 @@ template <typename T>
 struct Head { // the rows of one head of one picture
   const T *q, *k, *v;
   int64_t row; // from one token to the next
+  const float* factor; // N, one a token, or null
   const float *q_bias, *k_bias, *v_bias;
   const float *cos, *sin; // N d/2, or null
   T* out;
@@ -115,9 +116,10 @@ void lay_out(const Head<T>& head, int64_t keys, int64_t d, float* panels, float*
   for (int64_t k = 0; k < padded; k++) {
     float* column = panels + k / WIDE * WIDE * d + k % WIDE;
     if (k < keys) {
-      read_row(head.k + k * head.row, head.k_bias, head.cos ? head.cos + k * d / 2 : nullptr,
+      const float factor = head.factor ? head.factor[k] : 1.0f;
+      read_row(head.k + k * head.row, factor, head.k_bias, head.cos ? head.cos + k * d / 2 : nullptr,
                head.sin ? head.sin + k * d / 2 : nullptr, 1.0f, d, row);
-      read_row(head.v + k * head.row, head.v_bias, nullptr, nullptr, 1.0f, d, values + k * wide);
+      read_row(head.v + k * head.row, factor, head.v_bias, nullptr, nullptr, 1.0f, d, values + k * wide);
     } else {
       std::fill(row, row + d, 0.0f);
       std::fill(values + k * wide, values + (k + 1) * wide, 0.0f);
@@ -144,7 +146,7 @@ void attend_head(const Head<T>& head, int64_t N, int64_t d, bool causal, int64_t
     const int64_t seen = causal ? std::min(n + rows, keys) : keys, reach = round_up(seen, WIDE);
     for (int64_t r = 0; r < tiled; r++) { // rows past the last repeat it, so that a tile is always whole
       const int64_t m = std::min(n + r, last - 1);
-      read_row(head.q + m * head.row, head.q_bias, head.cos ? head.cos + m * d / 2 : nullptr,
+      read_row(head.q + m * head.row, head.factor ? head.factor[m] : 1.0f, head.q_bias, head.cos ? head.cos + m * d / 2 : nullptr,
                head.sin ? head.sin + m * d / 2 : nullptr, scale, d, queries + r * d);
     }
     for (int64_t k = 0; k < reach; k += WIDE) // one panel stays in the first cache for all rows of the block
@@ -168,7 +170,7 @@ void attend_head(const Head<T>& head, int64_t N, int64_t d, bool causal, int64_t
 }
 
 template <typename T>
-void attend(const at::Tensor& qkv, int64_t heads, const float* bias, const float* cos, const float* sin, bool causal,
+void attend(const at::Tensor& qkv, int64_t heads, const float* bias, const float* factor, const float* cos, const float* sin, bool causal,
             at::Tensor& out) {
   const int64_t B = qkv.size(0), N = qkv.size(1), D = qkv.size(2) / 3, d = D / heads;
   // Queries are split only as far as it takes to keep every thread busy: each part lays out the keys again.
@@ -182,7 +184,7 @@ void attend(const at::Tensor& qkv, int64_t heads, const float* bias, const float
       const int64_t b = task / (heads * parts), h = task / parts % heads, first = task % parts * step;
       const T* x = base + b * qkv.stride(0) + h * d;
       const float* offset = bias ? bias + h * d : nullptr;
-      Head<T> head{x, x + D, x + 2 * D, qkv.stride(1), offset, offset ? offset + D : nullptr,
+      Head<T> head{x, x + D, x + 2 * D, qkv.stride(1), factor ? factor + b * N : nullptr, offset, offset ? offset + D : nullptr,
                    offset ? offset + 2 * D : nullptr, cos, sin, to + b * N * D + h * d, D};
       if (first < N) attend_head(head, N, d, causal, first, std::min(first + step, N));
     }
@@ -197,21 +199,21 @@ const float* floats(const std::optional<at::Tensor>& x, at::IntArrayRef shape, c
 }
 
 at::Tensor attention(const at::Tensor& qkv, int64_t heads, const std::optional<at::Tensor>& bias,
-                     const std::optional<at::Tensor>& cos, const std::optional<at::Tensor>& sin, bool causal) {
+                     const std::optional<at::Tensor>& factor, const std::optional<at::Tensor>& cos, const std::optional<at::Tensor>& sin, bool causal) {
   TORCH_CHECK(qkv.dim() == 3 && qkv.stride(2) == 1 && heads > 0 && qkv.size(2) % (3 * heads) == 0,
               "qkv is B N 3*heads*head_dim, contiguous along the last; given ", qkv.sizes(), " for ", heads, " heads");
   const int64_t N = qkv.size(1), D = qkv.size(2) / 3, d = D / heads;
   TORCH_CHECK(d % 2 == 0 && d <= 128, "head_dim must be even and at most 128; given ", d);
   TORCH_CHECK(cos.has_value() == sin.has_value(), "give both cos and sin, or neither");
-  const float* offset = floats(bias, {3 * D}, "bias");
+  const float *offset = floats(bias, {3 * D}, "bias"), *scale = floats(factor, {qkv.size(0), N}, "factor");
   const float *c = floats(cos, {N, d / 2}, "cos"), *s = floats(sin, {N, d / 2}, "sin");
   at::Tensor out = at::empty({qkv.size(0), N, D}, qkv.options());
   if (out.numel() == 0) return out;
   if (qkv.scalar_type() == at::kFloat) {
-    attend<float>(qkv, heads, offset, c, s, causal, out);
+    attend<float>(qkv, heads, offset, scale, c, s, causal, out);
   } else {
     TORCH_CHECK(qkv.scalar_type() == at::kBFloat16, "qkv is float32 or bfloat16; given ", qkv.scalar_type());
-    attend<uint16_t>(qkv, heads, offset, c, s, causal, out);
+    attend<uint16_t>(qkv, heads, offset, scale, c, s, causal, out);
   }
   return out;
 }
@@ -281,7 +283,7 @@ at::Tensor attention_paths(const at::Tensor& q, const at::Tensor& kv, const at::
 } // namespace
 
 TORCH_LIBRARY_FRAGMENT(perception, m) {
-  m.def("attention(Tensor qkv, int heads, Tensor? bias, Tensor? cos, Tensor? sin, bool causal) -> Tensor");
+  m.def("attention(Tensor qkv, int heads, Tensor? bias, Tensor? factor, Tensor? cos, Tensor? sin, bool causal) -> Tensor");
   m.def("attention_paths(Tensor q, Tensor kv, Tensor path, Tensor lengths, int heads, Tensor? bias) -> Tensor");
 }
 

@@ -124,59 +124,67 @@ at::Tensor norm(at::Tensor& x, const std::optional<at::Tensor>& offset, const st
   return out;
 }
 
-// x = gelu(x + bias), in place.
-void gelu_(at::Tensor& x, const std::optional<at::Tensor>& bias) {
+// x = gelu(x * factor + bias), in place; one factor a row.
+void gelu_(at::Tensor& x, const std::optional<at::Tensor>& bias, const std::optional<at::Tensor>& factor) {
   const Rows rows = rows_of(x, "x");
-  const float* b = row_vector(bias, rows.width, "bias");
+  const float *b = row_vector(bias, rows.width, "bias"), *f = row_vector(factor, rows.count, "factor");
   float* data = x.mutable_data_ptr<float>();
   for_rows(rows, [&](int64_t begin, int64_t end) {
-    for (int64_t n = begin; n < end; n++)
-      each(data + n * rows.width, data + n * rows.width, rows.width,
-           [&](vf v, int64_t i, int64_t c) { return gelu(b ? v + take(b, i, c) : v); });
+    for (int64_t n = begin; n < end; n++) {
+      float* row = data + n * rows.width;
+      const vf scale = fill(f ? f[n] : 1.0f);
+      each(row, row, rows.width,
+           [&](vf v, int64_t i, int64_t c) { return gelu(b ? v * scale + take(b, i, c) : v * scale); });
+    }
   });
 }
 
-// x to 8 bits with one scale and zero point for all: (values - zero) * scale is about x, and zero is met exactly.
-std::tuple<at::Tensor, double, int64_t> quantize(const at::Tensor& x) {
+// x to 8 bits: one scale a row, one zero point for all, so that (values - zero) * scale is about x and 0 is met exactly.
+std::tuple<at::Tensor, at::Tensor, int64_t> quantize(const at::Tensor& x) {
   const Rows rows = rows_of(x, "x");
-  const int64_t count = x.numel(), pieces = std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), count / GRAIN));
-  const int64_t step = (count + pieces - 1) / pieces;
-  const float* from = x.const_data_ptr<float>();
-  std::vector<float> lows(pieces, 0.0f), highs(pieces, 0.0f);
-  at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t piece = begin; piece < end; piece++) {
-      int64_t i = piece * step;
-      const int64_t stop = std::min(i + step, count);
-      vf low{}, high{};
-      for (; i + VL <= stop; i += VL) low = min(low, load(from + i)), high = max(high, load(from + i));
-      if (i < stop) low = min(low, some(from + i, stop - i)), high = max(high, some(from + i, stop - i));
-      lows[piece] = -highest(-low), highs[piece] = highest(high);
-    }
-  });
-  const float low = *std::min_element(lows.begin(), lows.end()), high = *std::max_element(highs.begin(), highs.end());
-  const float scale = std::max((high - low) / 254.0f, 1e-12f); // 254: one level is left for the rounding of `zero`
-  const int64_t zero = std::lround(-low / scale);
+  const int64_t D = rows.width;
   at::Tensor out = at::empty(x.sizes(), x.options().dtype(at::kByte));
-  uint8_t* to = out.mutable_data_ptr<uint8_t>();
-  const float factor = 1.0f / scale, offset = zero + 0.5f; // all is positive, so that cutting off is rounding
-  at::parallel_for(0, pieces, 1, [&](int64_t begin, int64_t end) {
-    int64_t i = begin * step;
-    const int64_t stop = std::min(end * step, count);
-    for (; i + VL <= stop; i += VL) {
-      const auto bytes = __builtin_convertvector(__builtin_convertvector(load(from + i) * factor + offset, vi), vb);
-      std::memcpy(to + i, &bytes, VL);
+  at::Tensor scales = at::empty(x.sizes().slice(0, x.dim() - 1), x.options());
+  if (x.numel() == 0) return {out, scales, 128};
+  std::vector<float> lows(rows.count), highs(rows.count);
+  const float* from = x.const_data_ptr<float>();
+  for_rows(rows, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; n++) {
+      const float* row = from + n * D;
+      vf low{}, high{};
+      int64_t i = 0;
+      for (; i + VL <= D; i += VL) low = min(low, load(row + i)), high = max(high, load(row + i));
+      if (i < D) low = min(low, some(row + i, D - i)), high = max(high, some(row + i, D - i));
+      lows[n] = -highest(-low), highs[n] = highest(high);
     }
-    for (; i < stop; i++) to[i] = uint8_t(int32_t(from[i] * factor + offset));
   });
-  return {out, scale, zero};
+  const float lowest = *std::min_element(lows.begin(), lows.end()), top = *std::max_element(highs.begin(), highs.end());
+  const int64_t zero = std::lround(253.0f * -lowest / std::max(top - lowest, 1e-30f)) + 1; // each side has a level
+  uint8_t* to = out.mutable_data_ptr<uint8_t>();
+  float* scale = scales.mutable_data_ptr<float>();
+  for_rows(rows, [&](int64_t begin, int64_t end) {
+    for (int64_t n = begin; n < end; n++) {
+      scale[n] = std::max({-lows[n] / zero, highs[n] / (255 - zero), 1e-30f});
+      const float factor = 1.0f / scale[n], offset = zero + 0.5f; // all is positive, so that cutting off is rounding
+      const float* row = from + n * D;
+      int64_t i = 0;
+      for (; i + VL <= D; i += VL) {
+        const vf level = min(load(row + i) * factor + offset, fill(255.0f));
+        const auto bytes = __builtin_convertvector(__builtin_convertvector(level, vi), vb);
+        std::memcpy(to + n * D + i, &bytes, VL);
+      }
+      for (; i < D; i++) to[n * D + i] = uint8_t(int32_t(std::min(row[i] * factor + offset, 255.0f)));
+    }
+  });
+  return {out, scales, zero};
 }
 
 } // namespace
 
 TORCH_LIBRARY_FRAGMENT(perception, m) {
   m.def("norm(Tensor(a!) x, Tensor? offset, Tensor? weight, Tensor? bias, float eps) -> Tensor");
-  m.def("gelu_(Tensor(a!) x, Tensor? bias) -> ()");
-  m.def("quantize(Tensor x) -> (Tensor, float, int)");
+  m.def("gelu_(Tensor(a!) x, Tensor? bias, Tensor? factor) -> ()");
+  m.def("quantize(Tensor x) -> (Tensor, Tensor, int)");
 }
 
 TORCH_LIBRARY_IMPL(perception, CPU, m) {
