@@ -159,7 +159,7 @@ class CudaVision(FastPart):
 
 
 class CudaText(FastPart):
-    """What TextTransformer does, as far as the longest text: attention is causal, so padding after it changes nothing."""
+    """What TextTransformer does, as far as the longest text: attention is causal, so what follows changes nothing."""
 
     def __init__(self, text: TextTransformer):
         super().__init__()

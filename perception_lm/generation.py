@@ -197,9 +197,10 @@ def write(job: Job) -> Iterator[Piece]:
     room = max(job.batch.lengths) + config.max_new_tokens + config.speculative
     cache, logits = prefill(model, job.batch, room, job.reuse, cached=config.cache)
     cache, logits = spread(cache, logits, config.samples)
+    found = pick(logits, rows, config)
     while True:
-        for answer, found in zip(rows, pick(logits, rows, config), strict=True):
-            answer.take(found)
+        for answer, chosen in zip(rows, found, strict=True):
+            answer.take(chosen)
         cache.crop([answer.kept for answer in rows])
         if job.reuse is not None:
             job.reuse.keep(rows[0])
@@ -212,7 +213,7 @@ def write(job: Job) -> Iterator[Piece]:
         cache, rows = drop_finished(cache, rows)
         if not rows:
             return
-        logits = step(model, cache, rows)
+        found = advance(model, cache, rows, config)
 
 
 def check_prompts(model: PerceptionLM, batch: Batch, new: int, context: int | None) -> None:
@@ -258,6 +259,18 @@ def prefill(
     return cache, run(model.decoder, x[:, start:], cache, ends)
 
 
+def advance(
+    model: PerceptionLM, cache: Cache, rows: Sequence["Answer"], config: GenerationConfig
+) -> list[list[tuple[int, float]]]:
+    """The tokens each answer grows by, as `pick` returns them: of several steps where the cache can write `ahead`."""
+    ahead = getattr(cache, "ahead", None)
+    if ahead is None or config.speculative:
+        return pick(step(model, cache, rows), rows, config)
+    found = ahead(rows, config)
+    check_numbers([token for chosen in found for token, _ in chosen], "the weights' dtype")
+    return found
+
+
 @torch.inference_mode()
 def step(model: PerceptionLM, cache: Cache, rows: Sequence["Answer"]) -> Tensor:
     """Feed each answer's last token and its guesses. Returns the logits after each of them: B W V."""
@@ -281,13 +294,18 @@ def pick(logits: Tensor, rows: Sequence["Answer"], config: GenerationConfig) -> 
     found = []
     for answer, row, likely in zip(rows, ids, logprobs, strict=True):
         count = 0 if answer.finish else 1 + accepted(answer.draft, row)
-        if -1 in row[:count]:
-            raise PerceptionError(
-                f"the logits are not finite numbers in {str(logits.dtype).removeprefix('torch.')}; "
-                "if the weights are sound, load the model with dtype='bfloat16' or 'float32'"
-            )
+        check_numbers(row[:count], str(logits.dtype).removeprefix("torch."))
         found.append(list(zip(row[:count], likely[:count], strict=True)))
     return found
+
+
+def check_numbers(ids: Sequence[int], dtype: str) -> None:
+    """PerceptionError for a token that could not be chosen."""
+    if -1 in ids:
+        raise PerceptionError(
+            f"the logits are not finite numbers in {dtype}; "
+            "if the weights are sound, load the model with dtype='bfloat16' or 'float32'"
+        )
 
 
 def accepted(draft: Sequence[int], chosen: Sequence[int]) -> int:

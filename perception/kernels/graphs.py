@@ -19,19 +19,30 @@ class Graph:
     function  takes tensors, returns a tuple of them. It reads nothing back from the device, and what it writes besides
               its outputs lives as long as the graph. It runs a few times before it is recorded
     inputs    examples; the graph keeps copies, into which each call copies
+    device    where it runs; that of the first input by default
     pool      memory shared with other graphs that never run at the same time
 
     The outputs are overwritten by the next call. On a CPU nothing is recorded: the function runs at each call, between
     the same copies, so what would go wrong with a graph goes wrong there.
     """
 
-    def __init__(self, function: Callable[..., Outputs], inputs: Sequence[Tensor], pool: Any = None):
-        self.function, self.inputs = function, [x.clone() for x in inputs]
-        self.graph: torch.cuda.CUDAGraph | None = None
-        if any(x.is_cuda for x in inputs):
-            self._record(pool)
-        else:
-            self.outputs = [self.function(*self.inputs) for _ in range(WARM_UPS)][-1]
+    def __init__(
+        self,
+        function: Callable[..., Outputs],
+        inputs: Sequence[Tensor] = (),
+        *,
+        device: torch.device | None = None,
+        pool: Any = None,
+    ):
+        self.function: Callable[..., Outputs] | None = None
+        device = device or inputs[0].device
+        with torch.inference_mode(False), torch.no_grad():  # what it keeps serves any later call
+            self.inputs = [x.clone() for x in inputs]
+            if device.type == "cuda":
+                self._record(function, device, pool)
+            else:
+                self.function = function
+                self.outputs = [function(*self.inputs) for _ in range(WARM_UPS)][-1]
 
     def __call__(self, *inputs: Tensor) -> Outputs:
         for mine, given in zip(self.inputs, inputs, strict=True):
@@ -39,27 +50,28 @@ class Graph:
                 raise ValueError(
                     f"recorded for {tuple(mine.shape)} {mine.dtype}, called with {tuple(given.shape)} {given.dtype}"
                 )
-            mine.copy_(given, non_blocking=True)
-        if self.graph is not None:
-            self.graph.replay()
-        else:
-            for mine, new in zip(self.outputs, self.function(*self.inputs), strict=True):
-                mine.copy_(new)
+        with torch.no_grad():
+            for mine, given in zip(self.inputs, inputs, strict=True):
+                mine.copy_(given, non_blocking=True)
+            if self.function is None:
+                self.graph.replay()
+            else:
+                for mine, new in zip(self.outputs, self.function(*self.inputs), strict=True):
+                    mine.copy_(new)
         return self.outputs
 
-    def _record(self, pool: Any) -> None:
-        device = next(x.device for x in self.inputs if x.is_cuda)
+    def _record(self, function: Callable[..., Outputs], device: torch.device, pool: Any) -> None:
         with torch.cuda.device(device):
             side = torch.cuda.Stream()
             side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(side):  # libraries set themselves up, kernels are compiled and measured
                 for _ in range(WARM_UPS):
-                    self.function(*self.inputs)
+                    function(*self.inputs)
             torch.cuda.current_stream().wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
             # other threads may go on using the device meanwhile
             with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
-                self.outputs = self.function(*self.inputs)
+                self.outputs = function(*self.inputs)
 
 
 class Graphs:
@@ -72,15 +84,19 @@ class Graphs:
 
     def __call__(self, key: Hashable, function: Callable[..., Outputs], *inputs: Tensor) -> Outputs:
         """Run `function` through its graph, recorded when the key, the shapes and dtypes are first met."""
+        return self.of(key, function, *inputs)(*inputs)
+
+    def of(
+        self, key: Hashable, function: Callable[..., Outputs], *inputs: Tensor, device: torch.device | None = None
+    ) -> Graph:
+        """The graph itself, recorded when it is first asked for."""
         full = (key, *((x.shape, x.dtype, x.device) for x in inputs))
         if full not in self.kept:
-            if self.pool is None and any(x.is_cuda for x in inputs):
+            device = device or inputs[0].device
+            if self.pool is None and device.type == "cuda":
                 self.pool = torch.cuda.graph_pool_handle()
             while len(self.kept) >= self.most:
                 self.kept.popitem(last=False)
-            self.kept[full] = Graph(function, inputs, self.pool)
+            self.kept[full] = Graph(function, inputs, device=device, pool=self.pool)
         self.kept.move_to_end(full)
-        return self.kept[full](*inputs)
-
-    def __contains__(self, key: Hashable) -> bool:
-        return any(full[0] == key for full in self.kept)  # type: ignore[index]
+        return self.kept[full]

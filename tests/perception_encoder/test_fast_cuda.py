@@ -1,4 +1,4 @@
-"""The twins for a GPU: the golden towers' numbers, through the very kernels (interpreted on a CPU) and through graphs."""
+"""The twins for a GPU: the golden towers' numbers, through the kernels (interpreted on a CPU) and through graphs."""
 
 import dataclasses
 from collections.abc import Iterator

@@ -72,7 +72,9 @@ class Product:
             self.weight = self.weight.new_empty(0)
 
     def _coded(self, x: Tensor) -> Tensor:
-        assert self.codes is not None and self.scale is not None and self.code is not None
+        assert self.codes is not None
+        assert self.scale is not None
+        assert self.code is not None
         rows = x.flatten(0, -2)
         codes, scale = quantize_rows(rows, self.code)
         if self.code == "int8":
