@@ -19,7 +19,7 @@ from perception_encoder.zero_shot import ZeroShotClassifier
 
 MODEL, QUICK = ("PE-Core-B16-224", "PE-Core-B-16"), ("PE-Core-S16-384", "PE-Core-S-16-384")  # here, there
 TOO_SLOW = 40.0
-NAMES = (
+NAMES = (  # noqa: SIM905
     "airplane apple armchair backpack bakery banana beach bear bicycle bird boat book bottle bridge bus butterfly cake "
     "camel camera castle cat chair clock cloud coffee cup cow crab dolphin door drum duck elephant farm ferry fire "
     "flower forest fountain fox frog garden giraffe glove goat guitar hammer harbour hat helicopter horse house island "

@@ -1,0 +1,86 @@
+"""What does the language model's loss cost when only answers are learned, beside the logits of every position?
+
+    python benchmarks/lm_loss.py --threads 2
+
+Hidden states of 512 positions, 35 % of them answers, a head of 128256 x 2048 with random weights; forward and backward
+to hidden states and head. "all positions" is the usual way: logits of everything, then cross-entropy that ignores the
+rest. Extra memory is the peak over what was there before the step, in a process of its own, gradients made before.
+"""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from harness import Gate, at_most, describe, options, race, save, show
+from load_memory import peak, resident
+from peers import gemm
+from torch import Tensor
+
+from perception_lm.losses import answer_loss
+
+WIDTH, VOCAB, SHARE = 2048, 128_256, 0.35
+
+
+def inputs(positions: int, vocab: int) -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1, positions, WIDTH, generator=g).requires_grad_()
+    labels = torch.randint(0, vocab, (1, positions), generator=g)
+    labels[0, torch.randperm(positions, generator=g)[int(SHARE * positions) :]] = -100
+    head = (torch.randn(vocab, WIDTH, generator=g) * WIDTH**-0.5).requires_grad_()
+    for tensor in (hidden, head):
+        tensor.grad = torch.zeros_like(tensor)
+    return hidden, labels, head
+
+
+def all_positions(hidden: Tensor, labels: Tensor, head: Tensor) -> Tensor:
+    return F.cross_entropy(F.linear(hidden, head).float().flatten(0, 1), labels.flatten(), ignore_index=-100)
+
+
+LOSSES = {"ours": lambda *given: answer_loss(*given, chunk=128), "all positions": all_positions}
+
+
+def extra(how: str, positions: str, vocab: str) -> float:
+    """In the child: megabytes at the peak of one step over what was there."""
+    hidden, labels, head = inputs(int(positions), int(vocab))
+    small = inputs(4, 64)
+    LOSSES[how](*small).backward()
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident()
+    LOSSES[how](hidden, labels, head).backward()
+    return (peak() - before) / 1e6
+
+
+def main() -> None:
+    if "--one" in sys.argv:
+        print(json.dumps(extra(*sys.argv[sys.argv.index("--one") + 1 :])))
+        return
+    chosen, cases = options(__doc__), {}
+    positions, vocab = (64, 16_000) if chosen.quick else (512, VOCAB)
+    hidden, labels, head = inputs(positions, vocab)
+    one, other = (loss(hidden, labels, head) for loss in LOSSES.values())
+    torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+    memory = {}
+    for how in LOSSES:
+        command = [sys.executable, __file__, "--one", how, str(positions), str(vocab)]
+        memory[how] = [json.loads(subprocess.check_output(command, text=True)) for _ in range(3)]
+    ratios = [ours / theirs for ours, theirs in zip(*memory.values(), strict=True)]
+    for threads in chosen.threads:
+        case = f"loss, {threads} threads"
+        if not chosen.wants(case):
+            continue
+        torch.set_num_threads(threads)
+        calls = {how: lambda loss=loss: loss(hidden, labels, head).backward() for how, loss in LOSSES.items()}
+        found = race(calls, gemm(torch.float32, 512, WIDTH, 4 * WIDTH), rounds=chosen.rounds, least=chosen.least)
+        gate = Gate(what="loss step / all positions", ours="ours", peers=("all positions",), least=2, aim=2.65)
+        cases[case] = describe(found, [gate], threads, **{"extra MB": memory, "positions": positions})
+        if threads == chosen.threads[-1]:
+            cases[case]["gates"].append(at_most("loss step: extra memory / all positions", ratios, 0.5, 0.4))
+        show(case, cases[case])
+    save("lm_loss", __doc__, cases, chosen)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""How long does it take until weights are in memory, beside open_clip's loader and beside the usual pattern?
+
+    python benchmarks/load.py
+
+PE-Core-B16-224, both towers, 447.7 M random parameters in float32: our file for us, open_clip's for open_clip, a `.pt`
+for the usual pattern (build the model, `torch.load`, `load_state_dict`), which the reference follows. Each run is a
+process of its own; the seconds are from the call until every page of every weight was read once, so mapping a file is
+not mistaken for reading it. Memory is what `load_memory.py` measures, in the same way.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from harness import Gate, Rounds, at_most, describe, options, save, show
+from load_memory import peak, resident
+from peers import clip, shim
+
+MODEL, THEIRS = "PE-Core-B16-224", "PE-Core-B-16"
+QUICK = ("PE-Core-S16-384", "PE-Core-S-16-384")
+FILES = {"ours": "ours.safetensors", "open_clip": "open_clip.safetensors", "usual pattern": "plain.pt"}
+
+
+def one_run(how: str, folder: str, ours: str, theirs: str) -> dict[str, float]:
+    """In the child: everything imported, then load, then read every page."""
+    from perception_encoder.clip import CLIP
+    from perception_encoder.text import TextTransformer
+    from perception_encoder.vision import VisionTransformer
+    from perception_encoder.zoo import MODELS, load_clip
+
+    entry, path = MODELS.get(ours), str(Path(folder) / FILES[how])
+    if how == "open_clip":
+        shim()
+        import open_clip
+
+    def usual() -> torch.nn.Module:
+        model = CLIP(VisionTransformer(entry.vision), TextTransformer(entry.text))
+        model.load_state_dict(torch.load(path, weights_only=True))
+        return model.eval()
+
+    loaders = {
+        "ours": lambda: load_clip(path, config=entry.config, device="cpu", dtype="float32"),
+        "open_clip": lambda: open_clip.create_model(theirs, pretrained=path),
+        "usual pattern": usual,
+    }
+    Path("/proc/self/clear_refs").write_text("5")
+    before, start = resident(), time.perf_counter()
+    model = loaders[how]()
+    for parameter in model.parameters():
+        parameter.detach().view(-1).view(torch.uint8)[::4096].sum()
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "peak": (peak() - before) / sum(p.nbytes for p in model.parameters())}
+
+
+def write_files(folder: Path, ours: str) -> None:
+    from perception.checkpoint import write_safetensors
+    from perception_encoder.checkpoints import export
+
+    model = clip(ours)
+    write_safetensors(folder / FILES["ours"], model.state_dict())
+    export(model, folder / FILES["open_clip"], "open_clip")
+    torch.save(model.state_dict(), folder / FILES["usual pattern"])
+
+
+def main() -> None:
+    if "--one" in sys.argv:
+        print(json.dumps(one_run(*sys.argv[sys.argv.index("--one") + 1 :])))
+        return
+    chosen = options(__doc__)
+    names = QUICK if chosen.quick else (MODEL, THEIRS)
+    seconds: dict[str, list[float]] = {how: [] for how in FILES}
+    peaks: dict[str, list[float]] = {how: [] for how in FILES}
+    with tempfile.TemporaryDirectory() as folder:
+        write_files(Path(folder), names[0])
+        for index in range(3 if chosen.quick else chosen.rounds + 1):
+            for how in FILES:
+                command = [sys.executable, __file__, "--one", how, folder, *names]
+                done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
+                found = json.loads(done.stdout.splitlines()[-1])
+                if index:  # the first of each fills the page cache
+                    seconds[how].append(found["seconds"])
+                    peaks[how].append(found["peak"])
+    gates = [
+        Gate(what="load time / usual pattern", ours="ours", peers=("usual pattern",), least=5, aim=9),
+        Gate(what="load time / open_clip", ours="ours", peers=("open_clip",), least=5, aim=9),
+    ]
+    case = describe(Rounds(seconds), gates, torch.get_num_threads())
+    case["threads"] = 0
+    case["gates"].append(at_most("load: peak memory / weights", peaks["ours"], 1.1, 1.01))
+    case["peak memory / weights"] = {how: round(sorted(values)[len(values) // 2], 3) for how, values in peaks.items()}
+    show("load", case)
+    save("load", __doc__, {"load": case}, chosen)
+
+
+if __name__ == "__main__":
+    main()
