@@ -213,7 +213,8 @@ class Int8(PackedLinear):
     """Weights and inputs in 8 bits: one scale an output, one scale a row of the input (onednn.qlinear_pointwise)."""
 
     form = "int8"
-    top = 127
+    top = 127  # of the weights
+    levels = 255  # of the inputs
 
     def _hold(self, weight: Tensor) -> None:
         weight = weight.float()
@@ -228,7 +229,7 @@ class Int8(PackedLinear):
         return y if residual is None else y.add_(residual)
 
     def unfinished(self, x: Tensor) -> tuple[Tensor, Late]:
-        values, scale, zero = quantize_rows(x)
+        values, scale, zero = quantize_rows(x, self.levels)
         y = torch.ops.onednn.qlinear_pointwise(
             values, 1.0, zero, self.weight, self.scale, self.zeros, None, 1.0, 0, torch.float32, "none", [], "none"
         )
@@ -242,10 +243,11 @@ class Int8(PackedLinear):
 
 
 class Int8Narrow(Int8):
-    """Weights in 7 bits: AVX2 adds two products in 16 bits, and 2 * 255 * 64 is the most that fits."""
+    """Weights and inputs in a little over 7 bits each: AVX2 adds two products in 16 bits, and 2 * 180 * 91 fits."""
 
     form = "int8-narrow"
-    top = 64
+    top = 91
+    levels = 180
 
 
 FORMS: dict[str, type[PackedLinear]] = {
@@ -341,14 +343,22 @@ def _sample(m: int, k: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
     return weight * k**-0.5, bias, x
 
 
-def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor, int]:
-    """x as uint8, one scale a row, and a zero point for all: (values - zero) * scale is about x; 0 is met exactly."""
+def quantize_rows(x: Tensor, levels: int = 255) -> tuple[Tensor, Tensor, int]:
+    """x as whole numbers up to `levels` in uint8, one scale a row, one zero point for all.
+
+    (values - zero) * scale is about x, and 0 is met exactly.
+    """
     x = x.float()
     if (compiled := kernels(build=False)) is not None:
-        return compiled.quantize(x.contiguous())
+        return compiled.quantize(x.contiguous(), levels)
+    return quantize_rows_plain(x, levels)
+
+
+def quantize_rows_plain(x: Tensor, levels: int) -> tuple[Tensor, Tensor, int]:
+    """The twin of the compiled `quantize`."""
     low, high = x.amin(dim=-1).clamp_max_(0.0), x.amax(dim=-1).clamp_min_(0.0)
     lowest, highest = float(low.min()), float(high.max())
-    zero = round(253 * -lowest / max(highest - lowest, 1e-30)) + 1  # 1 to 254: each side has a level
-    scale = torch.maximum(-low / zero, high / (255 - zero)).clamp_min_(1e-30)
-    values = (x / scale[..., None]).add_(zero + 0.5).clamp_(0, 255).to(torch.uint8)  # cutting off rounds: all >= 0
+    zero = round((levels - 2) * -lowest / max(highest - lowest, 1e-30)) + 1  # each side has a level
+    scale = torch.maximum(-low / zero, high / (levels - zero)).clamp_min_(1e-30)
+    values = (x / scale[..., None]).add_(zero + 0.5).clamp_(0, levels).to(torch.uint8)  # cutting off rounds: all >= 0
     return values, scale, zero

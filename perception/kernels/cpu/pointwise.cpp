@@ -139,13 +139,15 @@ void gelu_(at::Tensor& x, const std::optional<at::Tensor>& bias, const std::opti
   });
 }
 
-// x to 8 bits: one scale a row, one zero point for all, so that (values - zero) * scale is about x and 0 is met exactly.
-std::tuple<at::Tensor, at::Tensor, int64_t> quantize(const at::Tensor& x) {
+// x to whole numbers from 0 to `levels`, at most 255: one scale a row, one zero point for all, so that
+// (values - zero) * scale is about x and 0 is met exactly.
+std::tuple<at::Tensor, at::Tensor, int64_t> quantize(const at::Tensor& x, int64_t levels) {
   const Rows rows = rows_of(x, "x");
+  TORCH_CHECK(levels >= 3 && levels <= 255, "levels is 3 to 255; given ", levels);
   const int64_t D = rows.width;
   at::Tensor out = at::empty(x.sizes(), x.options().dtype(at::kByte));
   at::Tensor scales = at::empty(x.sizes().slice(0, x.dim() - 1), x.options());
-  if (x.numel() == 0) return {out, scales, 128};
+  if (x.numel() == 0) return {out, scales, levels / 2};
   std::vector<float> lows(rows.count), highs(rows.count);
   const float* from = x.const_data_ptr<float>();
   for_rows(rows, [&](int64_t begin, int64_t end) {
@@ -159,21 +161,21 @@ std::tuple<at::Tensor, at::Tensor, int64_t> quantize(const at::Tensor& x) {
     }
   });
   const float lowest = *std::min_element(lows.begin(), lows.end()), top = *std::max_element(highs.begin(), highs.end());
-  const int64_t zero = std::lround(253.0f * -lowest / std::max(top - lowest, 1e-30f)) + 1; // each side has a level
+  const int64_t zero = std::lround((levels - 2) * -lowest / std::max(top - lowest, 1e-30f)) + 1; // each side has a level
   uint8_t* to = out.mutable_data_ptr<uint8_t>();
   float* scale = scales.mutable_data_ptr<float>();
   for_rows(rows, [&](int64_t begin, int64_t end) {
     for (int64_t n = begin; n < end; n++) {
-      scale[n] = std::max({-lows[n] / zero, highs[n] / (255 - zero), 1e-30f});
+      scale[n] = std::max({-lows[n] / zero, highs[n] / (levels - zero), 1e-30f});
       const float factor = 1.0f / scale[n], offset = zero + 0.5f; // all is positive, so that cutting off is rounding
       const float* row = from + n * D;
       int64_t i = 0;
       for (; i + VL <= D; i += VL) {
-        const vf level = min(load(row + i) * factor + offset, fill(255.0f));
+        const vf level = min(load(row + i) * factor + offset, fill(levels));
         const auto bytes = __builtin_convertvector(__builtin_convertvector(level, vi), vb);
         std::memcpy(to + n * D + i, &bytes, VL);
       }
-      for (; i < D; i++) to[n * D + i] = uint8_t(int32_t(std::min(row[i] * factor + offset, 255.0f)));
+      for (; i < D; i++) to[n * D + i] = uint8_t(int32_t(std::min(row[i] * factor + offset, float(levels))));
     }
   });
   return {out, scales, zero};
@@ -184,7 +186,7 @@ std::tuple<at::Tensor, at::Tensor, int64_t> quantize(const at::Tensor& x) {
 TORCH_LIBRARY_FRAGMENT(perception, m) {
   m.def("norm(Tensor(a!) x, Tensor? offset, Tensor? weight, Tensor? bias, float eps) -> Tensor");
   m.def("gelu_(Tensor(a!) x, Tensor? bias, Tensor? factor) -> ()");
-  m.def("quantize(Tensor x) -> (Tensor, Tensor, int)");
+  m.def("quantize(Tensor x, int levels) -> (Tensor, Tensor, int)");
 }
 
 TORCH_LIBRARY_IMPL(perception, CPU, m) {
