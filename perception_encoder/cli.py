@@ -1,4 +1,7 @@
-"""The verbs of the encoder: models, download, convert, inspect, classify, embed, features, pca, demo."""
+"""The verbs of the encoder: models, download, convert, inspect, classify, features, pca, demo, train-encoder.
+
+Those of retrieval (embed, index, search) are in `retrieval_cli`.
+"""
 
 import json
 from pathlib import Path
@@ -25,8 +28,12 @@ ConfigFile = Annotated[Path | None, typer.Option("--config", help="A config.json
 
 def register(app: typer.Typer) -> None:
     """Add the verbs to the command; called through the entry-point group `perception.commands`."""
-    for verb in (models, download, convert, inspect, classify, embed, features, pca, demo):
+    from perception_encoder import retrieval_cli
+
+    for verb in (models, download, convert, inspect, classify, features, pca, demo):
         app.command(verb.__name__)(verb)
+    app.command("train-encoder")(train_encoder)
+    retrieval_cli.register(app)
 
 
 def models(
@@ -137,39 +144,6 @@ def classify(
     show(found, as_json, text)
 
 
-def embed(
-    images: Images,
-    out: Out = Path("embeddings.safetensors"),
-    model: Model = DEFAULT_MODEL,
-    config: ConfigFile = None,
-    device: Device = "auto",
-    dtype: Dtype = "auto",
-    batch_size: BatchSize = 64,
-    on_error: OnError = "raise",
-    normalize: Annotated[bool, typer.Option(help="Vectors of length 1.")] = True,
-    as_json: Json = False,
-) -> None:
-    """One vector a picture, into a safetensors file with their names and the model's fingerprint."""
-    from perception_encoder.retrieval.embed import Embeddings, fingerprint, save_embeddings
-    from perception_encoder.retrieval.embed import embed as embed_images
-
-    encoder = _load_any(model, config, device, dtype)
-    files, failures = _files(images), []  # type: ignore[var-annotated]
-    vectors = embed_images(
-        encoder, files, batch_size=batch_size, normalize=normalize, progress=True, on_error=on_error, failures=failures
-    )
-    lost = {failure.row for failure in failures}
-    names = [_text(file) for index, file in enumerate(files) if index not in lost]
-    save_embeddings(out, Embeddings(vectors, names, fingerprint(encoder)))
-    found = {
-        "out": str(out),
-        "rows": len(vectors),
-        "width": vectors.shape[1],
-        "failed": [{"image": f.source, "reason": f.reason} for f in failures],
-    }
-    show(found, as_json, lambda: f"{out}: {len(vectors)} vectors of {vectors.shape[1]}, {len(failures)} failed")
-
-
 def features(
     images: Images,
     out: Out = Path("features.safetensors"),
@@ -246,6 +220,37 @@ def demo(
 
     page, summary = run(_load_clip(model, None, device, "auto", quiet=True), out, echo=note)
     show({"page": str(page.resolve()), **summary}, as_json, lambda: f"\nOpen {page.resolve()}")
+
+
+def train_encoder(
+    run: Annotated[str, typer.Argument(help="A run file (TOML), or the name of one that comes with the package.")],
+    override: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="In place of the file's, as optimizer.lr=1e-4.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check everything and take one step that is thrown away.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Train or finetune an encoder as a run file says; the same command continues a run. Under torchrun, on many."""
+    import logging
+
+    from perception_encoder.training.config import load_run, run_names
+    from perception_encoder.training.launch import rehearse, train
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    if not Path(run).exists() and Path(run).name.removesuffix(".toml") not in run_names():
+        raise ConfigError(f"no run file at {run}; those of the package are {', '.join(run_names())}")
+    settings = load_run(run, override or ())
+    if dry_run:
+        found = rehearse(settings)
+        show(found, as_json, lambda: "\n".join(f"{key:<12}{value}" for key, value in found.items()))
+        return
+    if not train(settings):
+        note(f"stopped; the same command continues it from {settings.out}")
+        raise typer.Exit(1)
+    folder = str(Path(settings.out) / "model")
+    show({"out": settings.out, "model": folder}, as_json, lambda: folder)
 
 
 def _load_clip(model: str, config: Path | None, device: str, dtype: str, *, quiet: bool = False) -> Any:

@@ -157,6 +157,15 @@ def _copy_list(file: Any, opened: Sequence[Any], number: int, code_size: int) ->
             getattr(lists, f"release_{what}")(number, pointer)
 
 
+def rows_in(path: Path) -> int:
+    """How many rows a file of faiss says it holds. Raises IndexError_ for one that is cut short."""
+    with path.open("rb") as file:
+        head = file.read(16)
+    if len(head) < 16:
+        raise IndexError_(f"{path} is cut short; remove it and build again")
+    return int(struct.unpack("<q", head[8:16])[0])
+
+
 def read(path: Path, kind: str, width: int, rows: int, *, mapped: bool = True) -> Any:
     """An index of that kind and size, mapped into memory where faiss can.
 

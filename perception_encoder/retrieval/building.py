@@ -6,6 +6,7 @@ filled is not filled again after a kill.
 Q queries  n rows  C width  L lists
 """
 
+import hashlib
 import logging
 import platform
 import time
@@ -18,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perception.errors import ConfigError, IndexError_
+from perception.errors import ConfigError
 from perception_encoder.retrieval import blocks
 from perception_encoder.retrieval.choice import (
     TRAINING_ROWS,
@@ -121,37 +122,43 @@ def _build(
     now: Snapshot, choice: Choice, out: Path, test: _Test, target_recall: float, max_latency: float | None
 ) -> tuple[Choice, list[Trial]]:
     trained, files = fill_blocks(now, choice, out, test.held)
-    sizes = [_size(file) for file in files]
-    opened = [blocks.read(f, choice.kind, now.manifest.width, n) for f, n in zip(files, sizes, strict=True)]
-
-    def search(effort: int, queries: Tensor) -> np.ndarray:
-        wanted = test.k * max(1, choice.rescore)
-        found = []
-        for index in opened:
-            scores, rows = blocks.search(index, choice.kind, effort, queries.numpy(), wanted)
-            found.append(now.rescore(queries, rows) if choice.rescore else (scores, rows))
-        return best(found, test.k)[1]
-
+    trials: list[Trial] = []
     if len(test.queries):
+        filled = _Filled(now, choice, files, test.k)
         choice, trials = tune(
             choice,
-            lambda effort: test.shares(search(effort, test.queries)),
-            lambda effort: search(effort, test.queries[:1]),
+            lambda effort: test.shares(filled.search(effort, test.queries)),
+            lambda effort: filled.search(effort, test.queries[:1]),
             target_recall=target_recall,
             max_latency=max_latency,
         )
-    else:
-        trials = []
-    del opened
+    held = (test.held, now.vectors(test.held).numpy())
     if choice.kind == "hnsw":
-        index = blocks.read(files[0], "hnsw", now.manifest.width, sizes[0], mapped=False)
-        blocks.write(blocks.fill(index, iter([(test.held, now.vectors(test.held).numpy())])), out)
+        index = blocks.read(files[0], "hnsw", now.manifest.width, blocks.rows_in(files[0]), mapped=False)
+        blocks.write(blocks.fill(index, iter([held])), out)
     else:
         rest = out.with_name(f"block-{out.stem}-held.faiss")
         index = blocks.faiss_module().read_index(str(trained))
-        blocks.write(blocks.fill(index, iter([(test.held, now.vectors(test.held).numpy())])), rest)
+        blocks.write(blocks.fill(index, iter([held])), rest)
         blocks.merge(trained, [*files, rest], out)
     return choice, trials
+
+
+class _Filled:
+    """Blocks that are searched together, before they are merged."""
+
+    def __init__(self, now: Snapshot, choice: Choice, files: list[Path], k: int):
+        self.now, self.choice, self.k = now, choice, k
+        self.opened = [blocks.read(file, choice.kind, now.manifest.width, blocks.rows_in(file)) for file in files]
+
+    def search(self, effort: int, queries: Tensor) -> np.ndarray:
+        """Q k rows"""
+        wanted = self.k * max(1, self.choice.rescore)
+        found = []
+        for index in self.opened:
+            scores, rows = blocks.search(index, self.choice.kind, effort, queries.numpy(), wanted)
+            found.append(self.now.rescore(queries, rows) if self.choice.rescore else (scores, rows))
+        return best(found, self.k)[1]
 
 
 def fill_blocks(now: Snapshot, choice: Choice, out: Path, held: np.ndarray) -> tuple[Path, list[Path]]:
@@ -202,18 +209,8 @@ def _sample(now: Snapshot, choice: Choice, held: np.ndarray) -> np.ndarray:
 
 def _tag(now: Snapshot, choice: Choice) -> str:
     """Half-built files of another version or another choice are not taken for this one's."""
-    import hashlib
-
     what = f"{choice.kind} {choice.lists} {choice.code} {[part.sha256 for part in now.manifest.parts]}"
     return hashlib.sha256(what.encode()).hexdigest()[:12]
-
-
-def _size(path: Path) -> int:
-    with path.open("rb") as file:
-        head = file.read(16)
-    if len(head) < 16:
-        raise IndexError_(f"{path} is cut short; remove it and build again")
-    return int(np.frombuffer(head[8:16], np.int64)[0])
 
 
 def _report(now: Snapshot, choice: Choice, trials: list[Trial], test: _Test, budget: dict[str, Any]) -> dict[str, Any]:

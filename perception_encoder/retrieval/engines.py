@@ -86,8 +86,8 @@ def embed_with_ray(
     actors  each holds a model; `gpus` of each
 
     The numbers of the parts travel through Ray, never pictures or vectors: actors read the source and write the parts
-    themselves, so the object store cannot fill up, and a lost node costs the parts it was at. What is not finished in the
-    end, because an actor was lost for good, is named in the error; run again to finish it.
+    themselves, so the object store cannot fill up, and a lost node costs the parts it was at. What is not finished in
+    the end, because an actor was lost for good, is named in the error; run again to finish it.
     """
     ray = _ray()
     run = {key: settings.pop(key) for key in ("on_error", "verify", "workers") if key in settings}
@@ -107,7 +107,7 @@ def embed_with_ray(
                 _RayActor,
                 fn_constructor_args=(load, str(folder), threads, run),
                 batch_size=1,
-                concurrency=min(actors, len(todo)),
+                compute=ray.data.ActorPoolStrategy(size=min(actors, len(todo))),
                 num_gpus=gpus or None,
             )
             done = [row["part"] for row in made.take_all()]

@@ -30,7 +30,7 @@ from perception_encoder.retrieval.building import build_index
 from perception_encoder.retrieval.choice import Choice
 from perception_encoder.retrieval.columns import Column, Value, column, id_hashes
 from perception_encoder.retrieval.filters import Filter
-from perception_encoder.retrieval.parts import Part, Sidecar, part_name, read_part, sidecar_path, write_part
+from perception_encoder.retrieval.parts import Part, Sidecar, part_name, read_part, write_part
 from perception_encoder.retrieval.store import (
     Match,
     Metadata,
@@ -88,7 +88,7 @@ class FaissStore:
     def create(cls, folder: str | Path, width: int, *, origin: Origin | None = None) -> Self:
         """A store of the parts that lie in `folder/parts` already, or an empty one.
 
-        The parts are checked against their sidecars; vectors that are not of length 1 are written again so that they are.
+        The parts are checked against their sidecars; vectors that are not of length 1 are written again at length 1.
         Raises ConfigError when there is a store already, PartError for a damaged part.
         """
         blocks.faiss_module()
@@ -302,7 +302,7 @@ class FaissStore:
     def search(
         self, queries: Tensor, k: int, *, filter: Filter | None = None, effort: int | None = None
     ) -> list[list[Match]]:
-        """See `VectorStore.search`; `effort` is how hard an index searches (nprobe, efSearch), as tuned if not given."""
+        """See `VectorStore.search`; `effort` is how hard an index searches (nprobe, efSearch), as tuned by default."""
         queries = check_queries(queries, k, self.width, self.origin.model)
         now = self.snapshot()
         allowed = now.allowed(filter)

@@ -49,7 +49,7 @@ class Hit(NamedTuple):
     text: str | None = None
     size: tuple[int, int] = (0, 0)
     span: tuple[float, float] | None = None
-    metadata: dict[str, Any] = {}
+    metadata: dict[str, Any] = {}  # noqa: RUF012 - a named tuple's default is never changed here
 
 
 @dataclass(frozen=True)

@@ -141,10 +141,9 @@ def adopt(source: Path, folder: Path, model: Any) -> tuple[Plan, list[str]]:
 
 def _roots(folder: Path, plan: Plan) -> list[str]:
     """The folders the inputs of a plan lie in."""
-    if named := plan.source.get("folders") or plan.source.get("roots"):
-        return list(named)
-    if not plan.chunks or not (folder / plan.chunks).is_file():
-        return []
+    for named in ("folders", "roots"):
+        if named in plan.source:
+            return list(plan.source[named])
     chunks = (chunk for _, chunk in read_chunks(folder, plan, range(plan.parts)))
     return folders(file for chunk in chunks for file in (chunk.get("files") or [chunk["file"]]))
 

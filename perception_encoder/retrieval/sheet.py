@@ -11,7 +11,8 @@ from perception_encoder.retrieval.index import Hit, Index
 
 STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 76rem; margin: 2rem auto; padding: 0 1rem; color: #1a1a1a }
-h1 { font-size: 1.3rem } .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); gap: 1rem }
+h1 { font-size: 1.3rem }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)); gap: 1rem }
 figure { margin: 0; border: 1px solid #ddd; border-radius: 6px; overflow: hidden; background: #fafafa }
 figure img, .none { display: block; width: 100%; height: 12rem; object-fit: contain; background: #fff }
 .none { color: #888; text-align: center; line-height: 12rem } figcaption { padding: .5rem .6rem; font-size: .82rem }

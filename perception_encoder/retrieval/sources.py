@@ -131,6 +131,11 @@ def _expand(listed: Sequence[str | Path]) -> tuple[str, list[str]]:
     return next(iter(found.items()))
 
 
+def kind_of_all(given: Sequence[str | Path]) -> str:
+    """ "image", "text", "tar", "parquet" or "video". Raises ConfigError when they are not of one kind."""
+    return _expand([given] if isinstance(given, str | Path) else given)[0]
+
+
 def _kind(path: str | Path) -> str:
     suffix = Path(path).suffix.lower()
     if suffix in VIDEO_SUFFIXES:

@@ -1,0 +1,521 @@
+"""The verbs of retrieval: embed, index, search."""
+
+import functools
+import json
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from perception.cli import Device, Dtype, Json, note, show, table
+from perception.errors import ConfigError
+from perception_encoder import cli
+from perception_encoder.cli import DEFAULT_MODEL, NANO_NOTE, BatchSize, ConfigFile, Model
+
+Sources = Annotated[
+    list[str],
+    typer.Argument(help="Pictures, folders, *.tar, *.parquet, videos, or *.txt with a text a line; of one kind."),
+]
+IndexFolder = Annotated[Path, typer.Argument(help="The folder of an index.")]
+OnError = Annotated[str | None, typer.Option(help="An input that cannot be read: raise (stop), skip, or log.")]
+PartRows = Annotated[int, typer.Option(min=1, help="Rows of a part: what a kill can cost.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Threads that read and resize.")]
+Vectors = Annotated[str, typer.Option("--vectors", help="float32 or float16, on disk.")]
+FileList = Annotated[Path | None, typer.Option("--files", help="A text file with one picture file a line.")]
+Video = Annotated[str, typer.Option(help="Of videos: frames, or clips of several frames that make one vector.")]
+Fps = Annotated[float, typer.Option(help="Frames a second, with --video frames.")]
+Seconds = Annotated[float, typer.Option(help="Length of a clip, with --video clips.")]
+Frames = Annotated[int, typer.Option(help="Frames of a clip, with --video clips.")]
+ImageColumn = Annotated[str | None, typer.Option(help="Parquet: the column of pictures or their paths.")]
+TextColumn = Annotated[str | None, typer.Option(help="Parquet: the column of captions.")]
+IdColumn = Annotated[str | None, typer.Option(help="Parquet: the column of ids.")]
+Keep = Annotated[list[str] | None, typer.Option("--keep", help="Parquet: a column to keep; may repeat.")]
+Texts = Annotated[bool, typer.Option("--texts", help="Parquet: embed the texts, not the pictures.")]
+Memory = Annotated[str | None, typer.Option(help="What a search may keep in memory, such as 8GB.")]
+Latency = Annotated[float | None, typer.Option(help="Milliseconds of one query.")]
+Recall = Annotated[float, typer.Option(help="Share of the 10 nearest that must be found.")]
+Kind = Annotated[str, typer.Option(help="auto, flat, ivf-flat, ivf-sq8, ivf-pq, hnsw")]
+Fast = Annotated[bool, typer.Option("--fast", help="Use this machine's fastest operators (perception.optimize).")]
+
+
+class _BuildByDefault(TyperGroup):
+    """`perception index photos/` is `perception index build photos/`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if args and args[0] not in self.commands and args[0] not in ("--help", "-h"):
+            args = ["build", *args]
+        return super().parse_args(ctx, args)
+
+
+def register(app: typer.Typer) -> None:
+    app.command("embed")(embed)
+    app.command("search")(search)
+    group = typer.Typer(cls=_BuildByDefault, no_args_is_help=True, help="Build, change and look into search indexes.")
+    for verb in (build, add, delete, merge, report, duplicates, clusters, export):
+        group.command(verb.__name__)(verb)
+    group.command("import")(import_)
+    app.add_typer(group, name="index")
+
+
+def embed(
+    sources: Sources = [],  # noqa: B006 - typer copies it
+    out: Annotated[
+        Path, typer.Option("--out", "-o", help="One .safetensors file for pictures, or a folder for parts.")
+    ] = Path("embeddings.safetensors"),
+    model: Model = DEFAULT_MODEL,
+    config: ConfigFile = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    batch_size: BatchSize = 64,
+    on_error: OnError = None,
+    normalize: Annotated[bool, typer.Option(help="Vectors of length 1.")] = True,
+    engine: Annotated[str, typer.Option(help="For parts: process, or ray.")] = "process",
+    processes: Annotated[
+        int, typer.Option(min=1, help="For parts: processes, or Ray's actors, each with a model.")
+    ] = 1,
+    gpus: Annotated[float, typer.Option(min=0, help="With --engine ray: GPUs of each actor.")] = 0,
+    part_rows: PartRows = 8192,
+    vectors: Vectors = "float32",
+    file_format: Annotated[str, typer.Option("--format", help="Of parts: safetensors, parquet.")] = "safetensors",
+    workers: Workers = None,
+    files: FileList = None,
+    video: Video = "frames",
+    fps: Fps = 1.0,
+    seconds: Seconds = 10.0,
+    frames: Frames = 8,
+    image_column: ImageColumn = None,
+    text_column: TextColumn = None,
+    id_column: IdColumn = None,
+    keep: Keep = None,
+    texts: Texts = False,
+    fast: Fast = False,
+    as_json: Json = False,
+) -> None:
+    """One vector an input: a safetensors file, or parts that can be killed, resumed and shared between processes."""
+    if out.suffix == ".safetensors":
+        _embed_file(_given(sources, files), out, model, config, device, dtype, batch_size, on_error, normalize, as_json)
+        return
+    found = _source(
+        _given(sources, files), video, fps, seconds, frames, image_column, text_column, id_column, keep, texts
+    )
+    load = _loader(model, config, device, dtype, fast)
+    settings: dict[str, Any] = {
+        "batch_size": batch_size,
+        "part_rows": part_rows,
+        "normalize": normalize,
+        "dtype": vectors,
+        "file_format": file_format,
+        "on_error": on_error or "log",
+        "workers": workers,
+        "progress": True,
+    }
+    parts = _embed_parts(load, found, out, engine, processes, gpus, settings)
+    if os.environ.get("RANK", "0") != "0":
+        return
+    failed = parts.failures()
+    result = {
+        "out": str(out),
+        "parts": parts.plan.parts,
+        "finished": len(parts.finished()),
+        "rows": len(parts),
+        "failed": [{"source": f.source, "reason": f.reason} for f in failed],
+    }
+    text = f"{out}: {result['rows']} vectors in {result['finished']} of {result['parts']} parts, {len(failed)} failed"
+    show(result, as_json, lambda: text)
+
+
+def _embed_parts(
+    load: Any, found: Any, out: Path, engine: str, processes: int, gpus: float, settings: dict[str, Any]
+) -> Any:
+    if engine == "ray":
+        from perception_encoder.retrieval.engines import embed_with_ray
+
+        return embed_with_ray(load, found, out, actors=processes, gpus=gpus, **settings)
+    if engine != "process":
+        raise ConfigError(f"--engine {engine!r}; choose process or ray")
+    if processes > 1:
+        from perception_encoder.retrieval.engines import embed_with_processes
+
+        return embed_with_processes(load, found, out, processes=processes, **settings)
+    from perception_encoder.retrieval.pipeline import embed_parts
+
+    return embed_parts(load(), found, out, **settings)
+
+
+def _embed_file(
+    sources: list[str],
+    out: Path,
+    model: str,
+    config: Path | None,
+    device: str,
+    dtype: str,
+    batch_size: int,
+    on_error: str | None,
+    normalize: bool,
+    as_json: bool,
+) -> None:
+    from perception_encoder.retrieval.embed import Embeddings, embed_images, fingerprint, save_embeddings
+
+    encoder = cli._load_any(model, config, device, dtype)
+    files, failures = cli._files(sources), []  # type: ignore[var-annotated]
+    vectors = embed_images(
+        encoder,
+        files,
+        batch_size=batch_size,
+        normalize=normalize,
+        progress=True,
+        on_error=on_error or "raise",
+        failures=failures,
+    )
+    lost = {failure.row for failure in failures}
+    names = [cli._text(file) for index, file in enumerate(files) if index not in lost]
+    save_embeddings(out, Embeddings(vectors, names, fingerprint(encoder)))
+    found = {
+        "out": str(out),
+        "rows": len(vectors),
+        "width": vectors.shape[1],
+        "failed": [{"image": f.source, "reason": f.reason} for f in failures],
+    }
+    show(found, as_json, lambda: f"{out}: {len(vectors)} vectors of {vectors.shape[1]}, {len(failures)} failed")
+
+
+def build(
+    sources: Sources = [],  # noqa: B006
+    out: Annotated[Path, typer.Option("--out", "-o", help="A folder for the index.")] = Path("index"),
+    model: Annotated[
+        str | None, typer.Option(help="A model name, hub id, folder or file. `perception models` lists names.")
+    ] = None,
+    config: ConfigFile = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    store: Annotated[str, typer.Option(help="faiss, or lance.")] = "faiss",
+    kind: Kind = "auto",
+    max_memory: Memory = None,
+    max_latency: Latency = None,
+    target_recall: Recall = 0.95,
+    query: Annotated[
+        list[str] | None, typer.Option("--query", help="A sentence to measure recall with; may repeat.")
+    ] = None,
+    batch_size: BatchSize = 64,
+    on_error: OnError = "log",
+    part_rows: PartRows = 8192,
+    vectors: Vectors = "float32",
+    workers: Workers = None,
+    files: FileList = None,
+    video: Video = "frames",
+    fps: Fps = 1.0,
+    seconds: Seconds = 10.0,
+    frames: Frames = 8,
+    image_column: ImageColumn = None,
+    text_column: TextColumn = None,
+    id_column: IdColumn = None,
+    keep: Keep = None,
+    texts: Texts = False,
+    fast: Fast = False,
+    as_json: Json = False,
+) -> None:
+    """A searchable index of pictures (or texts, or videos), chosen and tuned for memory, time and recall."""
+    from perception_encoder.retrieval.index import Index
+    from perception_encoder.retrieval.making import is_parts
+
+    given = _given(sources, files)
+    if len(given) == 1 and is_parts(given[0]):
+        found: Any = given[0]
+        encoder = _loader(model, config, device, dtype, fast)() if model else None
+        settings: dict[str, Any] = {}
+    else:
+        found = _source(given, video, fps, seconds, frames, image_column, text_column, id_column, keep, texts)
+        encoder = _loader(model or DEFAULT_MODEL, config, device, dtype, fast)()
+        settings = {
+            "batch_size": batch_size,
+            "part_rows": part_rows,
+            "dtype": vectors,
+            "on_error": on_error or "log",
+            "workers": workers,
+            "progress": True,
+        }
+    index = Index.build(
+        found,
+        encoder,
+        out,
+        store=store,  # type: ignore[arg-type]
+        kind=kind,
+        max_memory=max_memory,
+        max_latency=None if max_latency is None else max_latency / 1000,
+        target_recall=target_recall,
+        queries=query or None,
+        **settings,
+    )
+    result = {"out": str(out), "rows": len(index), **index.report()}
+    show(result, as_json, lambda: f"{out}: {len(index)} rows\n{_report_text(index.report())}")
+
+
+def add(
+    index: IndexFolder,
+    sources: Sources = [],  # noqa: B006
+    on_duplicate: Annotated[str, typer.Option(help="What is there already: skip, replace, or error.")] = "skip",
+    batch_size: BatchSize = 64,
+    merged: Annotated[bool, typer.Option("--merge", help="Fold the new pictures into the index.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Embed more inputs and add them; searches find them at once."""
+    opened = _open(index)
+    options = {"batch_size": batch_size, "progress": True}
+    added = opened.add(sources if len(sources) > 1 else sources[0], on_duplicate=on_duplicate, **options)
+    if merged:
+        opened.merge()
+    show(
+        {"index": str(index), "added": added, "rows": len(opened)},
+        as_json,
+        lambda: f"{index}: {added} added, {len(opened)} rows",
+    )
+
+
+def delete(
+    index: IndexFolder,
+    ids: Annotated[list[str], typer.Argument(help="Ids, as search shows them.")],
+    as_json: Json = False,
+) -> None:
+    """Forget rows by id."""
+    opened = _open(index)
+    gone = opened.delete(ids)
+    show(
+        {"index": str(index), "deleted": gone, "rows": len(opened)},
+        as_json,
+        lambda: f"{index}: {gone} deleted, {len(opened)} rows",
+    )
+
+
+def merge(index: IndexFolder, as_json: Json = False) -> None:
+    """Fold what was added and deleted since the build into the index."""
+    opened = _open(index)
+    opened.merge()
+    show(opened.report()["now"], as_json, lambda: f"{index}: {len(opened)} rows in one index")
+
+
+def report(index: IndexFolder, as_json: Json = False) -> None:
+    """What the index is, and the recall and speed that were measured when it was built."""
+    found = _open(index).report()
+    show(found, as_json, lambda: _report_text(found))
+
+
+def duplicates(
+    index: IndexFolder,
+    threshold: Annotated[float, typer.Option(help="The least cosine of two that count as the same.")] = 0.95,
+    as_json: Json = False,
+) -> None:
+    """Groups of pictures that are nearly the same."""
+    groups = _open(index).duplicates(threshold)
+    text = "\n\n".join("\n".join(cli._text(one) for one in group) for group in groups)
+    show(groups, as_json, lambda: text or f"no two with a cosine of {threshold} or more")
+
+
+def clusters(
+    index: IndexFolder,
+    k: Annotated[int, typer.Option("-k", min=1, help="How many groups.")] = 10,
+    as_json: Json = False,
+) -> None:
+    """The pictures in groups of a kind, each with those nearest its middle."""
+    found = _open(index).clusters(k)
+    rows = [[str(len(c.ids)), f"{c.cosine:.3f}", "  ".join(cli._text(one) for one in c.ids[:3])] for c in found]
+    show(
+        [cluster._asdict() for cluster in found], as_json, lambda: table(rows, ["rows", "cosine", "nearest the middle"])
+    )
+
+
+def export(
+    index: IndexFolder,
+    out: Annotated[Path, typer.Argument(help="A folder.")],
+    layout: Annotated[str, typer.Option(help="clip-retrieval, or npy.")] = "clip-retrieval",
+    as_json: Json = False,
+) -> None:
+    """Write the vectors for other tools: .npy beside Parquet."""
+    from perception_encoder.retrieval.exchange import export_vectors
+
+    found = export_vectors(_open(index).store, out, layout=layout)  # type: ignore[arg-type]
+    show({"out": str(out), **found}, as_json, lambda: f"{out}: {found['rows']} rows in {found['files']} files")
+
+
+def import_(
+    source: Annotated[
+        Path, typer.Argument(help="A folder of clip-retrieval's, or .npy files with .parquet beside them.")
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="A folder for the parts; `perception index` takes it.")],
+    model: Annotated[str | None, typer.Option(help="The model that made the vectors; you vouch for it.")] = None,
+    config: ConfigFile = None,
+    which: Annotated[str, typer.Option(help="image, or text.")] = "image",
+    root: Annotated[
+        list[str] | None, typer.Option("--root", help="A folder whose pictures may be shown; may repeat.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Take over vectors that another tool made, as parts."""
+    from perception_encoder.retrieval.exchange import import_vectors
+
+    encoder = _loader(model, config, "cpu", "auto", False)() if model else None
+    parts = import_vectors(source, out, model=encoder, which=which, roots=tuple(root or ()))  # type: ignore[arg-type]
+    show(
+        {"out": str(out), "rows": len(parts), "failed": len(parts.failures())},
+        as_json,
+        lambda: f"{out}: {len(parts)} vectors, {len(parts.failures())} failed",
+    )
+
+
+def search(
+    index: IndexFolder,
+    query: Annotated[
+        list[str] | None, typer.Argument(help="A sentence or a picture; several are examples of one thing.")
+    ] = None,
+    k: Annotated[int, typer.Option("-k", help="How many to show.")] = 10,
+    minus: Annotated[
+        list[str] | None, typer.Option("--minus", help="A sentence or a picture it should not be like; may repeat.")
+    ] = None,
+    like: Annotated[
+        list[str] | None, typer.Option("--like", help="The id of a picture in the index; may repeat.")
+    ] = None,
+    where: Annotated[
+        list[str] | None,
+        typer.Option("--filter", help="NAME=VALUE, also != < <= > >= and ~ for part of a text; may repeat."),
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write a page with the pictures in it.")] = None,
+    as_json: Json = False,
+) -> None:
+    """The pictures nearest to a sentence, a picture, or several of them."""
+    opened = _open(index)
+    examples = [*(query or []), *(opened.vector(one) for one in like or [])]
+    if not examples:
+        raise ConfigError(
+            'nothing to look for; give a sentence, a picture or --like ID: perception search idx "a red car"'
+        )
+    hits = opened.search(examples, k, minus=minus or None, filter=_filter(where or []))
+    if html is not None:
+        from perception.files import atomic_write
+        from perception_encoder.retrieval.sheet import contact_sheet
+
+        with atomic_write(html) as temporary:
+            temporary.write_text(contact_sheet(opened, hits, ", ".join(query or like or [])), "utf-8")
+        note(f"wrote {html}")
+    found = [{**hit._asdict(), "path": cli._text(hit.path), "id": cli._text(hit.id)} for hit in hits]
+    rows = [[f"{hit.score:.4f}", cli._text(hit.id), _about(hit)] for hit in hits]
+    show(found, as_json, lambda: table(rows, ["cosine", "picture", "known of it"]) if rows else "nothing found")
+
+
+def _about(hit: Any) -> str:
+    known = [f"{hit.size[0]}x{hit.size[1]}"] if hit.size[0] else []
+    known += [f"{hit.span[0]:.2f}-{hit.span[1]:.2f} s"] if hit.span else []
+    known += [" ".join(hit.text.split())[:60]] if hit.text else []
+    return "  ".join([*known, *(f"{name}={str(v)[:30]}" for name, v in hit.metadata.items() if v is not None)])
+
+
+def _filter(conditions: list[str]) -> dict[str, Any] | None:
+    found: dict[str, Any] = {}
+    for one in conditions:
+        parsed = re.fullmatch(r"([^=!<>~]+)(==|!=|<=|>=|=|<|>|~)(.*)", one, re.DOTALL)
+        if parsed is None:
+            raise ConfigError(f"--filter {one!r}; write NAME=VALUE, NAME>=VALUE or NAME~TEXT")
+        name, operator, value = (
+            parsed[1].strip(),
+            {"=": "==", "~": "contains"}.get(parsed[2], parsed[2]),
+            parsed[3].strip(),
+        )
+        found.setdefault(name, {})[operator] = value if operator == "contains" else _value(value)
+    return found or None
+
+
+def _value(text: str) -> Any:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    return value if isinstance(value, str | int | float | bool) else text
+
+
+def _report_text(found: dict[str, Any]) -> str:
+    facts, now, built = found["facts"], found["now"], found["built"]
+    lines = [f"{'model':<16}{facts['model']}  ({facts['fingerprint']})"]
+    lines += [f"{name:<16}{now[name]}" for name in ("rows", "width", "version", "deleted") if name in now]
+    if not built:
+        return "\n".join(lines)
+    index, measured = built["index"], built["measured"]
+    lines.append(f"{'index':<16}{index['kind']}, {index['in words']} in memory; {index['why']}")
+    if measured["recall"] is not None:
+        queries = ", ".join(f"{count} {name}" for name, count in measured["queries"].items())
+        lines.append(f"{'recall@' + str(measured['k']):<16}{measured['recall']:.4f}  against exact search; {queries}")
+        lines.append(f"{'a query':<16}{1000 * measured['seconds a query']:.2f} ms")
+    missed = [name for name, met in built["met"].items() if not met]
+    lines.append(f"{'budgets':<16}{'not met: ' + ', '.join(missed) if missed else 'met'}")
+    if now.get("searched one by one") and now.get("indexed"):
+        lines.append(
+            f"{'added since':<16}{now['searched one by one']} (looked at one by one; `perception index merge`)"
+        )
+    return "\n".join(lines)
+
+
+# --- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def _given(sources: list[str], files: Path | None) -> list[str]:
+    from perception_encoder.retrieval.sources import read_list
+
+    if files is not None and sources:
+        raise ConfigError("give inputs or --files, not both")
+    found = read_list(files) if files is not None else sources
+    if not found:
+        raise ConfigError("nothing to embed; give pictures, folders, tars, Parquet, videos, texts, or --files LIST")
+    return found
+
+
+def _source(
+    given: list[str],
+    video: str,
+    fps: float,
+    seconds: float,
+    frames: int,
+    image: str | None,
+    text: str | None,
+    id: str | None,
+    keep: list[str] | None,
+    texts: bool,
+) -> Any:
+    """The source, with those of the options that its kind knows."""
+    from perception_encoder.retrieval.sources import as_source, kind_of_all
+
+    kind = kind_of_all(given)
+    if kind == "video":
+        sizes = {"fps": fps} if video == "frames" else {"seconds": seconds, "frames": frames}
+        return as_source(given, video=video, **sizes)  # type: ignore[arg-type]
+    columns = {"image": image, "text": text, "id": id, "keep": tuple(keep or ())}
+    if kind == "parquet":
+        return as_source(given, **columns, shown="text" if texts else "image")
+    if texts or any(columns.values()):
+        raise ConfigError("--image-column, --text-column, --id-column, --keep and --texts are for Parquet")
+    return as_source(given)
+
+
+def _loader(model: str, config: Path | None, device: str, dtype: str, fast: bool) -> Any:
+    """A function that loads the model, in this process or another."""
+    if model == DEFAULT_MODEL:
+        note(NANO_NOTE)
+    return functools.partial(load_model, model, config, device, dtype, fast)
+
+
+def load_model(model: str, config: Path | None, device: str, dtype: str, fast: bool) -> Any:
+    import torch
+
+    if device == "auto" and "LOCAL_RANK" in os.environ and torch.cuda.is_available():
+        device = f"cuda:{int(os.environ['LOCAL_RANK']) % torch.cuda.device_count()}"
+    loaded = cli._load(model, config, device, dtype)
+    if fast:
+        from perception.optimize import optimize
+
+        return optimize(loaded)
+    return loaded
+
+
+def _open(folder: Path) -> Any:
+    from perception_encoder.retrieval.index import Index
+
+    return Index.open(folder)
