@@ -229,7 +229,7 @@ def load(
     """A model that answers, in evaluation mode.
 
     name_or_path  a name of `list_models()`; a hub id (`facebook/Perception-LM-1B`); a folder in the original, the
-                  Hugging Face or our own layout
+                  Hugging Face or our own layout; a folder with a LoRA adapter, which names the model it is folded into
     tokenizer     another tokenizer than the folder's: a file (`tokenizer.model`, `tokenizer.json`) or an object
     device        "auto": the best one here
     dtype         "auto": float32 on a CPU, elsewhere what is stored
@@ -239,6 +239,12 @@ def load(
     Raises LookupError for an unknown name, ConfigError for a config that cannot be or a tokenizer that does not fit,
     CheckpointError for weights that are missing, damaged or another model's.
     """
+    if (Path(name_or_path) / "adapter_config.json").is_file():
+        from perception_lm.training.lora import apply_adapter, base_of
+
+        base = load(base_of(Path(name_or_path)), tokenizer=tokenizer, device=device, dtype=dtype, offline=offline)
+        apply_adapter(base.model, name_or_path)
+        return base
     found = _open(name_or_path, revision, offline)
     words = _tokenizer(found, tokenizer)  # before the weights: it is quick, and may be missing
     model = _fill(found, device, dtype, check_finite)

@@ -1,10 +1,12 @@
 """A tiny assistant and rows for it to learn from."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+import torch
 from PIL import Image
 from plm_tiny import tiny_config, tiny_model
 
@@ -15,6 +17,15 @@ from perception_lm.zoo import assemble
 
 TOKENIZER = Path(__file__).parent / "golden" / "plm" / "tokenizer.model"
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (20, 40, 230)}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Models this small are slower on two, and much slower where the second is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def tiny_assistant(seed: int = 0) -> Assistant:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor, nn
+from training_tiny import one_thread  # noqa: F401  every test here runs with it
 
 from perception.errors import CheckpointError, ConfigError
 from perception.settings import read_settings

@@ -8,7 +8,13 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from training_tiny import Colours, tiny_assistant, turns, write_rows
+from training_tiny import (
+    Colours,
+    one_thread,  # noqa: F401  every test here runs with it
+    tiny_assistant,
+    turns,
+    write_rows,
+)
 
 from perception.errors import ConfigError, MediaError, PerceptionError, RequestError
 from perception.training.order import Order, shuffled

@@ -9,6 +9,7 @@ import torch
 from plm_golden import load
 from safetensors.torch import load_file
 from torch import Tensor
+from training_tiny import one_thread  # noqa: F401  every test here runs with it
 
 from perception.checkpoint import convert
 from perception.training.metrics import read_metrics

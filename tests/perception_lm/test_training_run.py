@@ -1,0 +1,488 @@
+"""Run files to models: packing, freezing, adapters, stages, several processes."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+from training_tiny import (
+    TOKENIZER,
+    Colours,
+    one_thread,  # noqa: F401  every test here runs with it
+    tiny_assistant,
+    tiny_run,
+    turns,
+    write_rows,
+)
+
+import perception_lm as plm
+from perception.errors import CheckpointError, ConfigError
+from perception.training.distributed import EngineConfig
+from perception.training.metrics import read_metrics
+from perception.training.state import Checkpoints, KeepConfig
+from perception_encoder.checkpoints import save as save_tower
+from perception_encoder.config import VisionConfig
+from perception_encoder.vision import VisionTransformer
+from perception_lm.config import DecoderConfig
+from perception_lm.losses import IGNORE
+from perception_lm.training import load_checkpoint, load_run, make_trainer, rehearse, run_names, train
+from perception_lm.training.examples import Examples, Pack, join, pad
+from perception_lm.training.flops import Flops
+from perception_lm.training.freeze import learn_only
+from perception_lm.training.lora import add_lora, apply_adapter, merge, targets
+from perception_lm.training.rows import read_row
+from perception_lm.training.run import DataConfig, LoraConfig, ModelConfig, Run, ScheduleConfig
+from perception_lm.training.sources import SourceConfig
+from perception_lm.training.task import AnswerTask
+from perception_lm.training.tower import DropPath, adapt_tower, add_drop_path
+
+PROCESS = Path(__file__).parents[1] / "training_process.py"
+RED = Image.new("RGB", (30, 20), (220, 30, 30))
+
+
+def run_here(run: Run, **given: Any) -> bool:
+    return train(run, assistant=tiny_assistant(), sources={"colours": Colours()}, **given)
+
+
+def losses(out: Path | str) -> list[float]:
+    return [line["loss"] for line in read_metrics(out)]
+
+
+# --- packing --------------------------------------------------------------------------------------------------------
+
+
+def test_packed_as_if_each_were_alone() -> None:
+    """Loss and every gradient; and what one document says is nothing to the others."""
+    assistant = tiny_assistant()
+    make = Examples(processor=assistant.processor, seq_len=160)
+    examples = [make(read_row(Colours()[i])) for i in range(6)]
+    assert sum(example.pixels is not None for example in examples) == 5
+    task = AnswerTask(assistant.model)
+
+    def gradients(packs: list[Pack]) -> tuple[float, dict[str, torch.Tensor]]:
+        task.zero_grad()
+        found = [task(pack) for pack in packs]
+        total = sum(loss.total for loss in found)
+        total.backward()  # type: ignore[union-attr]
+        return float(total.detach()), {name: p.grad.clone() for name, p in task.named_parameters()}  # type: ignore[union-attr]
+
+    alone, wanted = gradients([join([example]) for example in examples])
+    for packs in ([join(examples)], [pad(examples, 160, 434)], [join(examples[:2]), join(examples[2:])]):
+        total, found = gradients(packs)
+        assert total == pytest.approx(alone, rel=1e-6)
+        for name, gradient in found.items():
+            torch.testing.assert_close(gradient, wanted[name], rtol=2e-4, atol=2e-5, msg=name)
+    other = [replace(examples[0], tokens=examples[0].tokens.clone()), *examples[1:]]
+    other[0].tokens[0] = 7
+    silent = [replace(other[0], labels=torch.full_like(other[0].labels, IGNORE)), *examples[1:]]
+    same = [replace(examples[0], labels=silent[0].labels), *examples[1:]]
+    assert task(join(silent)).total.item() == task(join(same)).total.item()
+
+
+@pytest.mark.parametrize("data", [{"tokens": 160}, {"layout": "padded", "rows": 2}, {"ahead": True, "workers": 1}])
+def test_passes_change_nothing_but_the_rounding(tmp_path: Path, data: dict[str, Any]) -> None:
+    """Accumulated over tokens, not over passes: a short one counts for what it holds."""
+    run_here(tiny_run(tmp_path / "a", steps=2))
+    run = tiny_run(tmp_path / "b", steps=2)
+    run_here(replace(run, data=replace(run.data, **data)))
+    assert losses(tmp_path / "b") == pytest.approx(losses(tmp_path / "a"), rel=1e-5)
+
+
+def test_recomputed_blocks_give_the_same(tmp_path: Path) -> None:
+    run_here(tiny_run(tmp_path / "a", steps=2))
+    run_here(tiny_run(tmp_path / "b", steps=2, engine=EngineConfig(checkpointing=True)))
+    assert losses(tmp_path / "b") == losses(tmp_path / "a")
+
+
+# --- the whole way --------------------------------------------------------------------------------------------------
+
+
+def test_a_run_ends_with_a_model_that_answers(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path / "run", steps=12, average=0.5, export=("native", "hf"), keep=KeepConfig(steps=5))
+    lines: list[dict[str, Any]] = []
+    assert run_here(run, after_step=lambda trainer, line: lines.append(line))
+    assert losses(run.out)[-1] < 0.8 * losses(run.out)[0]
+    assert {"tokens_s", "samples_s", "data_s", "tflops", "memory", "lr", "grad_norm"} <= set(lines[0])
+    assert [line["position"] for line in lines] == [6 * step for step in range(1, 13)]
+    answers = [
+        model.ask(RED, "What?", max_new_tokens=6)
+        for model in (
+            plm.load(tmp_path / "run" / "model"),
+            plm.load(tmp_path / "run" / "model-hf"),
+            load_checkpoint(run.out),
+        )
+    ]
+    assert answers[0] == answers[1] == answers[2]
+    assert plm.load(tmp_path / "run" / "model").processor.media.tiling == "vanilla"
+    now, mean = (load_checkpoint(run.out, average=average).model.projector.fc1.weight for average in (False, True))
+    assert not torch.equal(now, mean)
+    assert load_checkpoint(run.out, dtype=torch.bfloat16).model.projector.fc1.weight.dtype == torch.bfloat16
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        load_checkpoint(tmp_path)
+
+
+def test_one_step_to_see_what_a_run_would_need(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path / "run", model=ModelConfig(init="unused", learn=("projector",)))
+    found = rehearse(run, assistant=tiny_assistant(), sources={"colours": Colours()})
+    assert found["parts"]["projector"]["learn"] == found["parts"]["projector"]["parameters"] > 0
+    assert found["parts"]["decoder"]["learn"] == 0
+    assert sum(p["samples"] for p in found["passes"]) == 6
+    assert found["step"]["loss"] > 0
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_is_not_there(tmp_path: Path) -> None:
+    run = tiny_run(tmp_path)
+    with pytest.raises(ConfigError, match="no data"):
+        make_trainer(run, assistant=tiny_assistant())
+    with pytest.raises(ConfigError, match=r"data\.mix names \['b'\]; there are \['colours'\]"):
+        run_here(replace(run, data=replace(run.data, mix={"b": 1.0})))
+    with pytest.raises(ConfigError, match="one of the two"):
+        make_trainer(replace(run, model=ModelConfig()), sources={"colours": Colours()})
+
+
+def test_the_three_stages_at_the_size_of_a_toy(tmp_path: Path) -> None:
+    """A tower and a fresh decoder; then the projector alone, unpooled; then all, pooled and with gains."""
+    vision = VisionConfig(image_size=16, patch_size=4, width=16, depth=3, heads=2, mlp_width=32)
+    save_tower(VisionTransformer(vision), tmp_path / "tower")
+    words = plm.LlamaTokenizer.from_file(TOKENIZER)
+    sizes = DecoderConfig(width=24, depth=2, heads=2, kv_heads=1, mlp_width=32, vocab=words.vocab, context=600)
+    RED.save(tmp_path / "red.png")
+    rows = write_rows(tmp_path, [{"image": "red.png", "text": f"red {i}"} for i in range(12)])
+    data = DataConfig(sources={"rows": SourceConfig(rows=str(rows))}, seq_len=200, tiling="vanilla")
+    one = tiny_run(
+        tmp_path / "one",
+        steps=2,
+        model=ModelConfig(
+            encoder=str(tmp_path / "tower"), decoder=sizes, tokenizer=str(TOKENIZER),
+            image_size=24, depth=2, pool=1, learn=("projector",),
+        ),
+        data=replace(data, form="warmup"),
+        export=("native",),
+    )  # fmt: skip
+    assert train(one)
+    first = plm.load(tmp_path / "one" / "model")
+    assert (first.processor.slots, first.model.projector.pool, len(first.model.encoder.blocks)) == (36, 1, 2)
+    two = tiny_run(
+        tmp_path / "two",
+        steps=2,
+        model=ModelConfig(init=str(tmp_path / "one" / "model"), layer_scale=0.1, drop_path=0.1, pool=2),
+        data=data,
+        export=("native", "original"),
+    )
+    assert train(two)
+    second = plm.load(tmp_path / "two" / "model-original")
+    assert (second.processor.slots, second.model.encoder.config.layer_scale) == (9, 0.1)
+    assert second.model.encoder.blocks[0].ls1.gamma.std() > 0
+    assert second.ask(RED, "What?", max_new_tokens=3) == plm.load(tmp_path / "two" / "model").ask(
+        RED, "What?", max_new_tokens=3
+    )
+
+
+# --- parts ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_frozen_does_not_move(tmp_path: Path) -> None:
+    assistant = tiny_assistant()
+    before = {name: p.clone() for name, p in assistant.model.named_parameters()}
+    run = tiny_run(tmp_path, steps=3, model=ModelConfig(init="unused", learn=("projector", r"decoder\.norm\..*")))
+    train(run, assistant=assistant, sources={"colours": Colours()})
+    moved = {name for name, p in assistant.model.named_parameters() if not torch.equal(p, before[name])}
+    assert moved == {f"projector.fc{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")} | {"decoder.norm.weight"}
+    for parts, message in (((), "nothing would learn"), (("head",), "matches no parameter"), (("(",), "no part and")):
+        with pytest.raises(ConfigError, match=message):
+            learn_only(assistant.model, parts)
+
+
+def test_a_tower_is_cut_stretched_and_scaled() -> None:
+    config = VisionConfig(image_size=16, patch_size=4, width=16, depth=3, heads=2, mlp_width=32)
+    tower = VisionTransformer(config).eval()
+    nn.init.normal_(tower.pos_embed)
+    new = adapt_tower(tower, image_size=24, depth=2, layer_scale=0.1).eval()
+    assert (new.config.image_size, new.config.depth, new.config.layer_scale, new.config.pool) == (24, 2, 0.1, None)
+    assert torch.equal(new.pos_embed, tower.positions(6, 6))
+    for block in new.blocks:
+        nn.init.ones_(block.ls1.gamma)
+        nn.init.ones_(block.ls2.gamma)
+    pixels = torch.randn(2, 3, 24, 24)
+    torch.testing.assert_close(new(pixels).patches, tower.intermediates(pixels, [1])[0].patches)
+    with pytest.raises(ConfigError, match="depth=4 of a tower of 3"):
+        adapt_tower(tower, depth=4)
+
+
+def test_stochastic_depth() -> None:
+    config = VisionConfig(image_size=8, patch_size=4, width=16, depth=2, heads=2, mlp_width=32, layer_scale=0.5)
+    tower = VisionTransformer(config).eval()
+    names, pixels = list(tower.state_dict()), torch.randn(4, 3, 8, 8)
+    before = tower(pixels).patches
+    add_drop_path(tower, 0.5)
+    assert list(tower.state_dict()) == names
+    assert torch.equal(tower.eval()(pixels).patches, before)
+    assert not torch.equal(tower.train()(pixels).patches, before)
+    torch.manual_seed(0)
+    kept = DropPath(0.25, nn.Identity()).train()(torch.ones(4000, 3))
+    assert set(kept.unique().tolist()) == {0.0, pytest.approx(1 / 0.75)}
+    assert kept.mean().item() == pytest.approx(1, abs=0.05)
+    assert (kept.std(1) == 0).all()
+    for wrong, rate in ((tower, 1.0), (nn.Identity(), 0.1)):
+        with pytest.raises(ConfigError, match="drop_path"):
+            add_drop_path(wrong, rate)
+
+
+def test_operations_are_counted() -> None:
+    """Against torch's own counter, forward and backward; a frozen tower costs its forward pass alone."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    assistant = tiny_assistant()
+    make = Examples(processor=assistant.processor, seq_len=160)
+    pack = join([make(read_row(Colours()[i])) for i in range(1)])
+    for parts in (("encoder", "projector", "decoder"), ("projector",)):
+        learn_only(assistant.model, parts)
+        task = AnswerTask(assistant.model)
+        with FlopCounterMode(display=False) as counter:
+            task(pack).total.backward()
+        # The head is computed twice, and torch counts causal attention whole; both are small here.
+        assert Flops(assistant.model)(pack) == pytest.approx(counter.get_total_flops(), rel=0.15)
+
+
+def test_run_files_of_the_published_stages() -> None:
+    published = {
+        "stage1": (8000, 512, 20, 1280, "warmup", "vanilla", 1, 8),
+        "stage2": (35000, 2048, 120, 6144, "chat", "thumb+tile", 16, 16),
+        "stage3": (21000, 1024, 120, 11520, "chat", "thumb+tile", 36, 32),
+    }
+    for size in ("1b", "3b", "8b"):
+        for stage, expected in published.items():
+            run = load_run(f"plm_{size}_{stage}")
+            data = run.data
+            shown = (data.seq_len, data.form, data.tiling, data.max_tiles, data.frames)
+            assert (run.steps, run.batch, run.schedule.warmup, *shown) == expected
+            lr = {"stage1": 1e-4, "stage2": 4e-5, "stage3": 1e-5 if size == "8b" else 4e-5}[stage]
+            decay = 0.05 if size == "8b" else 0.01
+            assert (run.optimizer.lr, run.optimizer.weight_decay, run.optimizer.clip, run.schedule.floor) == (
+                lr, decay, 1.0, 0.01,
+            )  # fmt: skip
+            assert (run.seed, run.engine.precision, run.engine.checkpointing, run.keep) == (
+                777, "bf16", True, KeepConfig(steps=500, keep=1),
+            )  # fmt: skip
+            assert (run.model.learn == ("projector",)) == (stage == "stage1")
+            assert run.model.drop_path == (0.0 if stage == "stage1" else 0.1)
+    assert {f"plm_{size}_{stage}" for size in ("1b", "3b", "8b") for stage in published} <= set(run_names())
+    assert load_run("plm_1b_stage1").model.depth == 23
+    assert (load_run("plm_8b_stage1").model.depth, load_run("plm_8b_stage1").model.plain_rope) == (47, True)
+    assert load_run("plm_1b_stage2", ["model.pool=1", "out=x"]).model.pool == 1
+    for override in ("steps=0", "batch=0", "schedule.warmup=21000", "data.max_bad=2", "data.tokens=5"):
+        with pytest.raises(ConfigError):
+            load_run("plm_1b_stage3", [override])
+    with pytest.raises(ConfigError, match="no run file"):
+        load_run("plm_2b_stage1")
+    assert ScheduleConfig().kind == "cosine"
+
+
+# --- adapters -------------------------------------------------------------------------------------------------------
+
+LORA = LoraConfig(targets=(r"decoder\.blocks\..*\.attn\.[qv]",), rank=2, alpha=8.0)
+
+
+def test_adapters_go_where_they_are_told() -> None:
+    """A suffix such as "q" must not reach another part: names match from end to end."""
+    model = tiny_assistant().model
+    found = targets(model, LORA.targets)
+    assert found == [f"decoder.blocks.{i}.attn.{m}" for i in range(2) for m in "qv"]
+    for wrong in ("q", "attn.q", "decoder", "("):
+        with pytest.raises(ConfigError, match=r"lora\.targets"):
+            targets(model, (wrong,))
+    pytest.importorskip("peft")
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    assert add_lora(model, LORA) == found
+    merge(model)
+    assert dict.fromkeys(before, True) == {n: torch.equal(p, before[n]) for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_an_adapter_is_learned_saved_loaded_and_merged(tmp_path: Path, frozen: bool) -> None:
+    pytest.importorskip("peft")
+    tiny_assistant().save(tmp_path / "base")
+    run = tiny_run(
+        tmp_path / "run",
+        steps=3,
+        model=ModelConfig(init=str(tmp_path / "base"), learn=("projector",)),
+        lora=LORA,
+        save_frozen=frozen,
+        export=("native",),
+    )
+    assert train(run, sources={"colours": Colours()})
+    base, adapted, merged = (
+        dict(plm.load(path).model.named_parameters())
+        for path in (tmp_path / "base", tmp_path / "run" / "adapter", tmp_path / "run" / "model")
+    )
+    changed = {name for name in base if not torch.equal(base[name], merged[name])}
+    assert changed == {f"decoder.blocks.{i}.attn.{m}.weight" for i in range(2) for m in "qv"} | {
+        f"projector.fc{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")
+    }
+    for name, parameter in adapted.items():
+        torch.testing.assert_close(parameter, merged[name], rtol=1e-6, atol=1e-7)
+    config = tmp_path / "run" / "adapter" / "adapter_config.json"
+    assert json.loads(config.read_text())["base_model_name_or_path"] == str(tmp_path / "base")
+    resumed = replace(run, steps=5)
+    assert train(resumed, sources={"colours": Colours()})
+    assert len(losses(run.out)) == 5
+
+
+def test_adapters_that_do_not_fit(tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    tiny_assistant().save(tmp_path / "base")
+    run = tiny_run(tmp_path / "run", steps=1, model=ModelConfig(init=str(tmp_path / "base"), learn=()), lora=LORA)
+    assert train(replace(run, export=("native",)), sources={"colours": Colours()})
+    folder = tmp_path / "run" / "adapter"
+    config = json.loads((folder / "adapter_config.json").read_text())
+    model = tiny_assistant().model
+    apply_adapter(model, folder)
+    for change, message in (
+        ({"peft_type": "IA3"}, "expected plain LORA"),
+        ({"use_dora": True}, "expected plain LORA"),
+        ({"r": "two"}, "expected numbers"),
+        ({"base_model_name_or_path": None}, "does not name the model"),
+    ):
+        (folder / "adapter_config.json").write_text(json.dumps({**config, **change}))
+        with pytest.raises(CheckpointError, match=message):
+            plm.load(folder)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    other = tiny_assistant().model
+    other.decoder.blocks[0].attn.q = nn.Linear(3, 3)
+    with pytest.raises(CheckpointError, match="another model"):
+        apply_adapter(other, folder)
+
+
+# --- processes ------------------------------------------------------------------------------------------------------
+
+
+def start(out: Path, ranks: int = 1, **settings: Any) -> list[subprocess.Popen[str]]:
+    """The processes of a tiny run."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    found = []
+    for rank in range(ranks):
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        if ranks > 1:
+            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, str(PROCESS), str(out), json.dumps(settings)]
+        pipe = subprocess.PIPE
+        found.append(subprocess.Popen(command, env=env, text=True, stdout=pipe, stderr=pipe))
+    return found
+
+
+def finish(processes: list[subprocess.Popen[str]], timeout: float = 200) -> list[tuple[int, str]]:
+    """Exit code and what was said, of each."""
+    try:
+        said = [process.communicate(timeout=timeout) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    return [(process.returncode, out + err) for process, (out, err) in zip(processes, said, strict=True)]
+
+
+def test_f121_two_processes_as_one(tmp_path: Path) -> None:
+    """The same curve; saved by two, continued by one; saved by one, continued by two."""
+    assert run_here(tiny_run(tmp_path / "one", steps=4))
+    wanted = losses(tmp_path / "one")
+    assert run_here(tiny_run(tmp_path / "mixed", steps=1))
+    ended = finish(start(tmp_path / "mixed", ranks=2, steps=3))
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert Checkpoints(tmp_path / "mixed" / "checkpoints").steps()[-1] == 3
+    assert run_here(tiny_run(tmp_path / "mixed", steps=4))
+    assert losses(tmp_path / "mixed") == pytest.approx(wanted, rel=1e-6)
+    assert [line["samples"] for line in read_metrics(tmp_path / "mixed")] == [6] * 4
+
+
+@pytest.mark.slow
+def test_f129_one_process_dies(tmp_path: Path) -> None:
+    began = time.monotonic()
+    ended = finish(start(tmp_path, ranks=2, steps=50, die_at=2, engine={"timeout": 20.0}))
+    assert ended[1][0] == 3
+    assert ended[0][0] not in (0, None)
+    assert time.monotonic() - began < 120
+
+
+@pytest.mark.slow
+def test_f120_killed_at_any_moment(tmp_path: Path) -> None:
+    """kill -9, again and again: the curve is that of a run nobody touched, bit for bit."""
+    settings = {"steps": 14, "keep": {"steps": 2}}
+    assert finish(start(tmp_path / "whole", **settings))[0][0] == 0
+    generator = torch.Generator().manual_seed(int(time.time()))
+    for _ in range(30):
+        (process,) = start(tmp_path / "killed", **settings)
+        assert process.stdout is not None
+        process.stdout.readline()  # the first step is done
+        try:
+            process.wait(float(torch.rand((), generator=generator)) * 0.7)
+        except subprocess.TimeoutExpired:
+            process.kill()
+        process.communicate()
+        if process.returncode == 0:
+            break
+    assert process.returncode == 0
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_f128_sigterm_saves_and_ends_well(tmp_path: Path) -> None:
+    for ranks in (1, 2):
+        processes = start(tmp_path / str(ranks), ranks=ranks, steps=10_000)
+        assert processes[0].stdout is not None
+        for _ in range(3):
+            processes[0].stdout.readline()
+        processes[-1].send_signal(signal.SIGTERM)  # to one: all of them stop
+        ended = finish(processes)
+        assert [code for code, _ in ended] == [0] * ranks, ended
+        assert "stopped" in ended[0][1]
+        assert Checkpoints(tmp_path / str(ranks) / "checkpoints").steps()
+
+
+# --- the command ----------------------------------------------------------------------------------------------------
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from typer.testing import CliRunner
+
+    from perception.cli import build
+
+    tiny_assistant().save(tmp_path / "base")
+    rows = write_rows(tmp_path, [{"conversations": turns(f"yes {i}")} for i in range(8)])
+    file = tmp_path / "run.toml"
+    file.write_text(
+        f'''out = "{tmp_path / "out"}"
+steps = 2
+batch = 2
+[model]
+init = "{tmp_path / "base"}"
+[data]
+seq_len = 160
+sources.rows = {{ rows = "{rows}" }}
+'''
+    )
+    call = CliRunner().invoke
+    found = json.loads(call(build(), ["train", str(file), "--dry-run", "--json"], catch_exceptions=False).stdout)
+    assert found["parts"]["encoder"]["learn"] > 0
+    assert not (tmp_path / "out").exists()
+    assert "one step: loss" in call(build(), ["train", str(file), "--dry-run"], catch_exceptions=False).stdout
+    done = call(build(), ["train", str(file), "steps=3", "--json"], catch_exceptions=False)
+    assert json.loads(done.stdout) == {"out": str(tmp_path / "out"), "finished": True}
+    assert len(losses(tmp_path / "out")) == 3
+    call(build(), ["export", str(tmp_path / "out"), str(tmp_path / "hf"), "--format", "hf"], catch_exceptions=False)
+    trained = plm.load(tmp_path / "out" / "model")
+    assert torch.equal(plm.load(tmp_path / "hf").model.projector.fc1.weight, trained.model.projector.fc1.weight)
+    assert "plm_1b_stage1" in call(build(), ["train", "--list"], catch_exceptions=False).stdout
+    assert call(build(), ["train", str(file), "stepz=3"]).exit_code == 1
