@@ -19,10 +19,11 @@ from dataclasses import dataclass
 
 import torch
 from harness import Call, Gate, Limit, Options, describe, options, race, save, show
-from peers import DTYPES, agree, flops, gemm, onednn_fp32, timm_tower, tower
+from peers import DTYPES, agree, gemm, onednn_fp32, timm_tower, tower
 from torch import Tensor, nn
 
 from perception.optimize import optimize
+from perception_encoder.speed import flops
 
 MODELS = {"B16-224": "PE-Core-B16-224", "L14-336": "PE-Core-L14-336"}
 TOO_SLOW = 15.0  # seconds a call
@@ -181,7 +182,7 @@ def measure(case: Case, threads: int, chosen: Options) -> dict:
     differences = agree(outputs["timm, compile + freezing" if case.compiled else "timm"], outputs, **bounds)
     if flagged:
         differences |= agree(outputs["timm"], flagged, cosine=0.999)
-    work = dict.fromkeys(calls, case.batch * flops(plain))
+    work = dict.fromkeys(calls, case.batch * flops(plain.config))
     if "ours" in calls:
         found = race(calls, limit_of(case, plain, dtype), work=work, rounds=chosen.rounds, least=chosen.least)
     for call in calls.values():

@@ -108,15 +108,6 @@ def parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
-def flops(model: VisionTransformer) -> float:
-    """Of one picture of native size: every matrix product, attention's and the pool's among them."""
-    config = model.config
-    n, D = config.grid**2 + config.class_token, config.width
-    block = 2 * n * D * (4 * D + 2 * config.mlp_width) + 4 * n * n * D
-    pool = 2 * n * D * 2 * D + 2 * D * D * 2 + 2 * D * config.mlp_width * 2 if config.pool else 0
-    return config.depth * block + 2 * config.grid**2 * D * 3 * config.patch_size**2 + pool
-
-
 @contextmanager
 def onednn_fp32() -> Any:
     """The public switch that sends float32 products through oneDNN. Where the processor has bfloat16, it rounds."""

@@ -51,9 +51,21 @@ def main() -> None:
         _fail(error, INTERNAL_ERROR)
 
 
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    speed: Annotated[bool, typer.Option("--speed", help="Measure the machine and the models on it instead.")] = False,
+    model: Annotated[list[str] | None, typer.Option(help="A model to measure; give it again for more.")] = None,
+    as_json: Json = False,
+) -> None:
     """Versions, devices and extras on this machine, and the fix for each that does not work."""
     from perception import doctor as checks
+
+    if speed or model:
+        from perception import speed as measured
+
+        limit = measured.limits()
+        rows = [measured.reached(case, limit) for case in measured.cases(model or ())]
+        show(measured.as_json(limit, rows), as_json, lambda: measured.report(limit, rows))
+        return
 
     found = checks.diagnose()
     show(checks.as_json(found), as_json, lambda: checks.report(found))
