@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 try:
     import harness
+    import scale
     import table
     from harness import Gate, Limit, Rounds, at_most, judge, options, quantile, race, sample, spread
 finally:
@@ -204,3 +205,33 @@ def test_quick_runs(script: str) -> None:
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 0, done.stderr
     assert "gate" in done.stdout
+
+
+def test_the_law_of_a_curve() -> None:
+    found = scale.law({n: 3 + 2 * n for n in (1, 2, 4, 8, 16)})
+    assert (found["a"], found["b"], found["c"]) == pytest.approx((3, 2, 0), abs=1e-6)
+    assert "linear to" not in found
+    found = scale.law({n: 5 + 0.5 * n + 0.01 * n * n for n in (4, 16, 64, 256)})
+    assert (found["a"], found["b"], found["c"]) == pytest.approx((5, 0.5, 0.01), rel=1e-3)
+    n = found["linear to"]
+    assert 0.01 * n * n / (5 + 0.5 * n + 0.01 * n * n) == pytest.approx(0.1, abs=0.01)
+    assert scale.law({1: 1.0, 2: 1.5, 4: 1.8})["c"] >= 0  # a curve that flattens gets no negative square
+
+
+def test_tables_stand_between_their_marks() -> None:
+    case = {"what": "What.", "threads": 2, "ms": {"1": 5.0, "2": 7.0}, "law": scale.law({1: 5.0, 2: 7.0})}
+    page = "# T\n<!-- A -->\nold\n<!-- end A -->\nprose\n<!-- B -->\nkept\n<!-- end B -->\n"
+    found = scale.in_page(page, {"A": case, "C": case})
+    assert "old" not in found
+    assert "kept" in found
+    assert "| ms | 5 | 7 |" in found
+    assert found.endswith("prose\n<!-- B -->\nkept\n<!-- end B -->\n")
+    assert scale.in_page(found, {"A": case}) == found
+
+
+def test_the_page_holds_the_measured_tables() -> None:
+    file = ROOT / "benchmarks" / "results" / "scale.json"
+    if not file.is_file():
+        pytest.skip("no curves were measured yet")
+    page = (ROOT / "benchmarks" / "scale.md").read_text("utf-8")
+    assert scale.in_page(page, json.loads(file.read_text("utf-8"))["cases"]) == page, "run benchmarks/scale.py"
