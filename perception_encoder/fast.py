@@ -32,30 +32,36 @@ TEXTS = 256  # texts that make one tree
 
 def fast_clip(model: CLIP, plan: Plan) -> CLIP:
     """A CLIP of two fast towers. `plan` as `perception.optimize.optimize` makes it."""
-    if isinstance(model.vision, FastVision) or not isinstance(model.vision, VisionTransformer):
+    if not isinstance(model.vision, VisionTransformer):
         raise ConfigError(f"this CLIP's vision tower is a {type(model.vision).__name__}, which has no fast twin")
     mark = fingerprint_of(model, plan)
-    fast = CLIP(
-        cast(Any, fast_vision(model.vision, plan)),
-        cast(Any, fast_text(model.text, plan)),
-        model.preprocess,
-        model.tokenize,
-    )
+    vision, text = fast_vision(model.vision, plan), fast_text(model.text, plan)
+    fast = CLIP(cast(Any, vision), cast(Any, text), model.preprocess, model.tokenize)
     fast.logit_scale = frozen(model.logit_scale)
     fast.source = model.source
     fast.fingerprint = mark  # type: ignore[assignment]
     return fast.eval()
 
 
-def fast_vision(tower: VisionTransformer, plan: Plan) -> "FastVision":
+def fast_vision(tower: VisionTransformer, plan: Plan) -> Any:
+    """The twin for the device the tower lies on."""
     mark = fingerprint_of(tower, plan)
-    fast = FastVision(tower, plan)
+    if tower.pos_embed.device.type == "cuda":
+        from perception_encoder import fast_cuda
+
+        fast: Any = fast_cuda.fast_vision(tower, plan)
+    else:
+        fast = FastVision(tower, plan)
     fast.fingerprint = mark
     return fast
 
 
-def fast_text(text: TextTransformer, plan: Plan) -> "FastText":
+def fast_text(text: TextTransformer, plan: Plan) -> Any:
     """Never rounded to 8 bits: short texts are cheap already, and become classifiers that judge every picture."""
+    if text.pos_embed.device.type == "cuda":
+        from perception_encoder import fast_cuda
+
+        return fast_cuda.fast_text(text, plan)
     return FastText(text, replace(plan, quantize=None))
 
 

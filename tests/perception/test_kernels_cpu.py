@@ -1,0 +1,381 @@
+"""Packed linears, compiled operators and the probe that chooses: each equal to its plain twin, none required."""
+
+import logging
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from perception.attention import attend
+from perception.errors import ConfigError
+from perception.kernels import cpp, fused, linear, probe
+from perception.kernels.fused import TORCH
+from perception.kernels.linear import FORMS, Late, finish, fold, pack, quantize_rows_plain
+from perception.rope import rope_2d, rotate
+
+FLOATS = ["plain", "transposed", "onednn"]
+
+
+def draw(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def near(got: Tensor, wanted: Tensor) -> float:
+    assert got.shape == wanted.shape
+    return float((got.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+@pytest.fixture(scope="module")
+def compiled() -> object:
+    operators = cpp.kernels()
+    if operators is None:
+        pytest.skip("no C++ compiler here, or it cannot build the kernels")
+    return operators
+
+
+# ---------------------------------------------------------------- the probe
+
+
+def wait(milliseconds: float, result: Tensor):
+    def call(x: Tensor) -> Tensor:
+        end = time.perf_counter() + milliseconds / 1000
+        while time.perf_counter() < end:
+            pass
+        return result[: len(x)]
+
+    return call
+
+
+def test_the_fastest_right_rival_wins() -> None:
+    right, wrong = torch.ones(9), torch.full((9,), 1.01)
+
+    def raises(x: Tensor) -> Tensor:
+        raise NotImplementedError("not on this machine")
+
+    rivals = {"right": wait(1, right), "wrong": wait(0.1, wrong), "raises": raises, "nan": wait(0.1, right * torch.nan)}
+    assert probe.race(("plain", wait(4, right)), rivals, torch.zeros(9)) == "right"
+    assert probe.race(("plain", wait(4, right)), {"wrong": rivals["wrong"]}, torch.zeros(9)) == "plain"
+    assert probe.race(("plain", wait(1, right)), {"slower": wait(4, right)}, torch.zeros(9)) == "plain"
+
+
+def test_what_the_machine_does_is_measured_once() -> None:
+    first = probe.capabilities()
+    start = time.perf_counter()
+    assert probe.capabilities() is first
+    assert time.perf_counter() - start < 0.01
+    assert first.float32 in FLOATS
+    assert first.bfloat16 in (*FLOATS, "float32")
+    assert first.int8 in (None, "int8", "int8-narrow")
+    assert probe.gemm_limit(torch.float32, 32, 64, 64) > 0
+    assert probe.read_bandwidth(1 << 22) > 0
+
+
+# ---------------------------------------------------------------- linears
+
+
+@pytest.mark.parametrize("form", [*FLOATS, "float32", "int8", "int8-narrow"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bias", [True, False])
+def test_every_form_is_the_plain_linear(form: str, dtype: torch.dtype, bias: bool) -> None:
+    if form == "int8" and not linear._exact():
+        pytest.skip("this processor's int8 product saturates: the narrow form is for it")
+    w, b, x, r = draw(48, 96) / 10, draw(48) if bias else None, draw(2, 5, 96), draw(2, 5, 48)
+    try:
+        layer = FORMS[form](w.to(dtype), None if b is None else b.to(dtype), dtype)
+    except (RuntimeError, AttributeError) as error:
+        pytest.skip(f"{form} {dtype} does not exist on this processor: {str(error)[:60]}")
+    tolerance = 0.03 if "int8" in form else linear.TOLERANCE[dtype]
+    x, r = x.to(dtype), r.to(dtype)
+    wanted = F.linear(x.float(), w.to(dtype).float(), None if b is None else b.to(dtype).float())
+    assert layer(x).dtype == dtype
+    assert near(layer(x), wanted) < tolerance
+    assert near(layer(x, r), wanted + r.float()) < tolerance
+    assert near(layer.gelu(x), F.gelu(wanted)) < tolerance
+    y, late = layer.unfinished(x)
+    assert near(finish(y, late), wanted) < tolerance
+    total, rest = layer.accumulate(x, r.clone())
+    assert near(total if rest is None else total + rest, wanted + r.float()) < tolerance
+    assert form in repr(layer)
+
+
+def test_gain_and_norm_fold_exactly() -> None:
+    w, b, gain, x = draw(8, 16), draw(8), draw(8), draw(5, 16)
+    norm = torch.nn.LayerNorm(16)
+    norm.weight.data, norm.bias.data = draw(16), draw(16) + 1
+    wanted = gain * F.linear(norm(x), w, b)
+    bare = F.layer_norm(x, (16,))
+    assert near(pack(w, b, gain=gain, norm=norm)(bare), wanted.detach()) < 1e-6
+    wanted = gain * F.linear(x, w)
+    assert near(F.linear(x, *fold(w, None, gain=gain)), wanted) < 1e-6
+
+
+def test_packing_leaves_the_source_alone() -> None:
+    w, b = draw(8, 16), draw(8)
+    before = w.clone(), b.clone()
+    pack(w, b, gain=draw(8))(draw(3, 16))
+    assert torch.equal(w, before[0])
+    assert torch.equal(b, before[1])
+    with pytest.raises(ConfigError, match="no quantisation 'int4'"):
+        pack(w, b, quantize="int4")  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch):
+    """Nothing remembered, before and after."""
+
+    def forget() -> None:
+        for cached in (linear._choose, linear._exact, linear._epilogue, linear._checked, fused._choose):
+            cached.cache_clear()
+        probe._capabilities.cache_clear()
+
+    forget()
+    yield
+    monkeypatch.undo()
+    forget()
+
+
+def test_a_form_that_is_wrong_for_a_shape_is_not_used(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
+    class Wrong(linear.Transposed):
+        def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+            return super()._product(x, bias) * 1.001
+
+    monkeypatch.setitem(FORMS, "transposed", Wrong)
+    monkeypatch.setattr(linear, "choose", lambda *a: "transposed")
+    layer, x = pack(draw(24, 40), None), draw(3, 40)
+    assert layer.form == "plain"
+    assert torch.equal(layer(x), F.linear(x, draw(24, 40)))
+
+
+def test_operators_that_are_missing_are_done_without(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
+    class Nothing:
+        def __getattr__(self, name: str) -> None:
+            raise AttributeError(name)
+
+    monkeypatch.setattr(torch.ops, "mkldnn", Nothing())
+    monkeypatch.setattr(torch.ops, "onednn", Nothing())
+    assert linear.choose(torch.float32) in ("plain", "transposed")
+    assert linear.choose(torch.float32, "int8") in ("plain", "transposed")
+    assert linear.choose(torch.bfloat16) in ("plain", "float32")
+    assert near(pack(draw(24, 48), None, quantize="int8")(draw(3, 48)), draw(3, 48) @ draw(24, 48).T) < 1e-5
+
+
+def test_the_int8_form_in_use_never_saturates(fresh: None) -> None:
+    if not (form := linear.choose(torch.float32, "int8")).startswith("int8"):
+        pytest.skip("no int8 product here is both right and faster")
+    x, w = torch.ones(32, 256), torch.ones(64, 256)  # the largest values everywhere: the largest sums there are
+    assert near(FORMS[form](w, None, torch.float32)(x), torch.full((32, 64), 256.0)) < 0.01
+
+
+def test_rounding_to_8_bits_meets_zero_and_stays_within_half_a_step(compiled: object) -> None:
+    for levels in (255, 180):
+        for x in (draw(33, 70) * 3, F.gelu(draw(33, 70)), draw(2, 3, 5).abs(), torch.zeros(4, 8), -draw(9, 16).abs()):
+            for values, scale, zero in (quantize_rows_plain(x, levels), compiled.quantize(x, levels)):
+                error = ((values.float() - zero) * scale[..., None] - x).abs()
+                assert values.dtype == torch.uint8
+                assert int(values.max()) <= levels
+                assert float((error / scale[..., None]).max()) < 0.501
+                assert float(error[x == 0].max() if (x == 0).any() else 0) == 0
+    assert compiled.quantize(torch.zeros(0, 4), 255)[0].shape == (0, 4)
+
+
+# ---------------------------------------------------------------- compiled operators
+
+
+@pytest.mark.parametrize(
+    ("B", "h", "w", "P", "heads", "d"),
+    [(1, 1, 1, 0, 1, 8), (2, 5, 3, 1, 3, 24), (2, 14, 14, 1, 2, 64), (1, 7, 11, 0, 2, 96), (1, 20, 13, 1, 1, 128),
+     (3, 2, 2, 1, 2, 20)],
+)  # fmt: skip
+@pytest.mark.parametrize("causal", [False, True])
+def test_compiled_attention(compiled: object, B: int, h: int, w: int, P: int, heads: int, d: int, causal: bool) -> None:
+    N, D, rope = h * w + P, heads * d, rope_2d(h, w, d, prefix=P)
+    qkv, bias, factor = draw(B, N, 3 * D + 8)[..., : 3 * D], draw(3 * D), draw(B, N).abs() + 0.5
+
+    def plain(qkv: Tensor) -> Tensor:
+        q, k, v = (qkv.float() * factor[..., None] + bias).unflatten(-1, (3, heads, d)).unbind(2)
+        return attend(rotate(q, rope), rotate(k, rope), v, causal=causal).flatten(2)
+
+    got = compiled.attention(qkv, heads, bias, factor, *rope, causal)
+    assert near(got, plain(qkv)) < 2e-6
+    half = qkv.bfloat16()
+    got = compiled.attention(half, heads, bias, factor, *rope, causal)
+    assert got.dtype == torch.bfloat16
+    assert near(got, plain(half)) < 4e-3
+    q, k, v = qkv.unflatten(-1, (3, heads, d)).unbind(2)
+    bare = attend(q, k, v, causal=causal).flatten(2)
+    assert near(compiled.attention(qkv, heads, None, None, None, None, causal), bare) < 2e-6
+
+
+def test_compiled_attention_of_extremes(compiled: object) -> None:
+    qkv = draw(1, 40, 48)
+    qkv[0, :, :16] *= 1e4  # one key wins by far: no overflow, no loss of the rest
+    q, k, v = qkv.unflatten(-1, (3, 1, 16)).unbind(2)
+    got = compiled.attention(qkv, 1, None, None, None, None, False)
+    assert near(got, attend(q, k, v).flatten(2)) < 1e-4
+    qkv[0, 7, 0] = torch.nan  # a query that is no number; the others do not see it
+    got = compiled.attention(qkv, 1, None, None, None, None, False)
+    assert got[0, 7].isnan().all()
+    assert got[0, [i for i in range(40) if i != 7]].isfinite().all()
+    assert compiled.attention(torch.zeros(0, 4, 48), 1, None, None, None, None, False).shape == (0, 4, 16)
+
+
+def test_compiled_attention_uses_the_threads_it_is_given(compiled: object) -> None:
+    qkv, before = draw(2, 50, 3 * 32), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        one = compiled.attention(qkv, 2, None, None, None, None, False)
+        torch.set_num_threads(3)
+        assert torch.equal(compiled.attention(qkv, 2, None, None, None, None, False), one)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_compiled_operators_refuse_what_they_cannot_read(compiled: object) -> None:
+    x = draw(2, 4, 48)
+    for call in (
+        lambda: compiled.attention(x, 5, None, None, None, None, False),
+        lambda: compiled.attention(x.double(), 1, None, None, None, None, False),
+        lambda: compiled.attention(x, 1, draw(47), None, None, None, False),
+        lambda: compiled.attention(x, 1, None, None, draw(3, 8), draw(3, 8), False),
+        lambda: compiled.attention(draw(1, 2, 3 * 130), 1, None, None, None, None, False),
+        lambda: compiled.norm(x.transpose(1, 2), None, None, None, 1e-5),
+        lambda: compiled.norm(x, draw(3), None, None, 1e-5),
+        lambda: compiled.gelu_(x.half(), None, None),
+        lambda: compiled.quantize(x, 300),
+        lambda: tree(compiled, rows=torch.tensor([[0, 9]]), counts=torch.tensor([2])),
+        lambda: tree(compiled, rows=torch.tensor([[0, 1]]), counts=torch.tensor([3])),
+        lambda: tree(compiled, rows=torch.tensor([[0, 1]]), counts=torch.tensor([0])),
+    ):
+        with pytest.raises(RuntimeError):
+            call()
+
+
+def tree(operators: object, rows: Tensor, counts: Tensor) -> Tensor:
+    return operators.attention_paths(draw(1, 8), draw(4, 16), rows.int(), counts.int(), 1, None)
+
+
+@pytest.mark.parametrize(("heads", "d"), [(2, 64), (3, 10)])
+def test_compiled_attention_along_paths(compiled: object, heads: int, d: int) -> None:
+    R, L, T, D = 300, 9, 40, heads * d
+    kv, q, bias = draw(T, 3 * D)[:, D:], draw(R, 3 * D)[:, :D], draw(3 * D)
+    path = torch.randint(0, T, (R, L), generator=torch.Generator().manual_seed(1)).int()
+    lengths = (torch.arange(R) % L + 1).int()
+    for b in (bias, None):
+        wanted = TORCH.tree(q, kv, path, lengths, heads, b)
+        assert near(compiled.attention_paths(q, kv, path, lengths, heads, b), wanted) < 2e-6
+
+
+@pytest.mark.parametrize(("M", "D"), [(5, 7), (3, 64), (700, 48)])
+def test_compiled_norm_and_gelu(compiled: object, M: int, D: int) -> None:
+    x, bias, factor = draw(M, D) * 2 + 50, draw(D), draw(M).abs()
+    norm = torch.nn.LayerNorm(D).requires_grad_(False)
+    norm.weight.copy_(draw(D))
+    norm.bias.copy_(draw(D) + 1)
+    a, b = x.clone(), x.clone()
+    got = compiled.norm(a, bias, norm.weight, norm.bias, norm.eps)
+    assert near(got, TORCH.norm(b, norm, bias)) < 2e-5  # the mean is 25 times the spread
+    assert torch.equal(a, b)
+    assert near(compiled.norm(x.clone(), None, None, None, 1e-5), F.layer_norm(x, (D,))) < 2e-5
+    x = draw(M, D) * 4
+    for late in (Late(), Late(bias), Late(bias, factor), Late(None, factor)):
+        y = x.clone()
+        compiled.gelu_(y, late.bias, late.scale)
+        torch.testing.assert_close(y, TORCH.gelu(x.clone(), late), rtol=1e-5, atol=1e-6)
+    far = torch.tensor([[-40.0, -9.0, 40.0, 0.0, torch.nan]])
+    compiled.gelu_(far, None, None)
+    torch.testing.assert_close(far, torch.tensor([[0.0, 0.0, 40.0, 0.0, torch.nan]]), equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torch_attention_of_a_packed_qkv(dtype: torch.dtype) -> None:
+    rope, qkv, bias = rope_2d(3, 4, 8, prefix=1), draw(2, 13, 48).to(dtype), draw(48).to(dtype)
+    q, k, v = (qkv + bias).unflatten(-1, (3, 2, 8)).unbind(2)
+    wanted = attend(rotate(q, rope), rotate(k, rope), v).flatten(2)
+    assert near(TORCH.attention(qkv.clone(), 2, rope, Late(bias)), wanted) < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+def test_operators_that_are_wrong_here_are_not_used(
+    compiled: object, monkeypatch: pytest.MonkeyPatch, fresh: None
+) -> None:
+    def wrong(qkv: Tensor, heads: int, rope: object, late: Late) -> Tensor:
+        return compiled.attention(qkv, heads, late.bias, late.scale, None, None, False)  # does not turn
+
+    monkeypatch.setattr(fused, "attention_compiled", wrong)
+    assert fused.operators(torch.float32, torch.device("cpu"), 8).attention is TORCH.attention
+
+
+# ---------------------------------------------------------------- building
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """An empty extension cache and no memory of what was built."""
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    monkeypatch.setattr(cpp, "_loaded", {})
+    monkeypatch.setattr(cpp, "_failed", set())
+    cpp.library.cache_clear()
+    yield tmp_path
+    monkeypatch.undo()
+    cpp.library.cache_clear()
+
+
+def test_without_a_compiler_there_are_no_kernels(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(cpp.shutil, "which", lambda name: None)
+    with caplog.at_level(logging.WARNING):
+        assert cpp.kernels() is None
+        assert cpp.kernels() is None
+    assert len(caplog.records) == 1  # said once
+    assert not cpp.has_compiler()
+    assert fused.operators(torch.float32, torch.device("cpu"), 64) is TORCH
+
+
+def test_nothing_is_built_unasked(elsewhere: Path) -> None:
+    assert cpp.kernels(build=False) is None
+    assert not (elsewhere / "cache").exists()
+
+
+def test_a_build_that_fails_is_reported_once(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if not cpp.has_compiler():
+        pytest.skip("no C++ compiler and ninja here")
+    sources = elsewhere / "cpu"
+    sources.mkdir()
+    (sources / "broken.cpp").write_text("#error not today\n")
+    monkeypatch.setattr(cpp, "SOURCES", sources)
+    with caplog.at_level(logging.WARNING):
+        assert cpp.kernels() is None
+        assert cpp.kernels() is None
+    assert len(caplog.records) == 1
+
+
+def test_a_library_that_does_not_load_is_not_used(elsewhere: Path) -> None:
+    cpp.library().parent.mkdir(parents=True)
+    cpp.library().write_bytes(b"no library")
+    assert cpp.kernels(build=False) is None
+
+
+def test_the_name_follows_the_sources(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = cpp.library()
+    sources = elsewhere / "cpu"
+    sources.mkdir()
+    (sources / "a.cpp").write_text("int x;\n")
+    monkeypatch.setattr(cpp, "SOURCES", sources)
+    cpp.library.cache_clear()
+    assert cpp.library() != before
+
+
+def test_a_lock_of_a_dead_build_is_lifted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lock = tmp_path / "lock"
+    lock.touch()
+    cpp._free(lock)
+    assert lock.exists()  # young: somebody builds
+    monkeypatch.setattr(cpp, "STALE", -1.0)
+    cpp._free(lock)
+    assert not lock.exists()
+    cpp._free(lock)  # and one that is gone is no error
