@@ -16,11 +16,12 @@ from perception.attention import attend
 from perception.errors import ConfigError
 from perception.kernels.graphs import Graphs
 from perception.kernels.triton.norm import layer_norm
-from perception.kernels.triton.quantized import Product
+from perception.kernels.triton.quantized import Product, give_up
 from perception.kernels.triton.rotary import rotate_qk
-from perception.layers import LayerScale, Mlp
+from perception.layers import Mlp
 from perception.optimize import FastPart, Plan
 from perception.rope import Rope, rope_2d
+from perception_encoder.fast import frozen, gain_of
 from perception_encoder.pooling import AttentionPool
 from perception_encoder.protocol import Features
 from perception_encoder.text import TextTransformer, check_tokens
@@ -37,12 +38,17 @@ def fast_vision(tower: VisionTransformer, plan: Plan) -> "CudaVision":
     fast = CudaVision(tower)
     if plan.quantize:
         fast.settle()
+    if not plan.keep:
+        give_up(tower, [product for block in fast.blocks for product in block.products])
     return fast
 
 
 def fast_text(text: TextTransformer, plan: Plan) -> "CudaText":
     """The twin of a text tower that lies on a GPU; never quantised, it is small."""
-    return CudaText(text)
+    fast = CudaText(text)
+    if not plan.keep:
+        give_up(text, [])
+    return fast
 
 
 class CudaVision(FastPart):
@@ -262,15 +268,6 @@ def settled(x: Tensor, owed: Branch | None) -> Tensor:
 
 def product(linear: nn.Linear) -> Product:
     return Product(linear.weight.detach(), None if linear.bias is None else linear.bias.detach())
-
-
-def gain_of(scale: nn.Module | None) -> Tensor | None:
-    return scale.gamma.detach() if isinstance(scale, LayerScale) else None
-
-
-def frozen(parameter: Tensor) -> nn.Parameter:
-    """The same memory as a parameter that is not trained."""
-    return nn.Parameter(parameter.detach(), requires_grad=False)
 
 
 def sample_picture(size: int, like: Tensor) -> Tensor:

@@ -20,12 +20,12 @@ from perception.errors import ConfigError, LimitError
 from perception.kernels.graphs import Graphs
 from perception.kernels.triton.decode import attend_decode
 from perception.kernels.triton.norm import rms_norm
-from perception.kernels.triton.quantized import Product
+from perception.kernels.triton.quantized import Product, give_up
 from perception.kernels.triton.rotary import rotate_into_cache
 from perception.kernels.triton.swiglu import swiglu
 from perception.optimize import FastPart, Plan
 from perception.rope import Rope, rope_1d
-from perception_lm.cache import KVCache, Past
+from perception_lm.cache import KVCache, Packed, Past
 from perception_lm.decoder import Block, Decoder, RMSNorm, fresh, take, turn
 from perception_lm.sampling import GenerationConfig, choose
 
@@ -46,6 +46,8 @@ def fast_decoder(decoder: Decoder, plan: Plan) -> "CudaDecoder":
     fast = CudaDecoder(decoder)
     if plan.quantize:
         fast.settle()
+    if not plan.keep:
+        give_up(decoder, [product for block in fast.blocks for product in block.products])
     return fast
 
 
@@ -73,30 +75,45 @@ class CudaDecoder(FastPart):
     def forward(
         self,
         x: Tensor,
-        cache: KVCache | None = None,
+        cache: KVCache | Packed | None = None,
         *,
         positions: Tensor | None = None,
         mask: Tensor | None = None,
         last: int | Tensor | None = None,
     ) -> Tensor:
         """As Decoder.forward."""
+        return self.logits(self.hidden(x, cache, positions=positions, mask=mask, last=last))
+
+    def hidden(
+        self,
+        x: Tensor,
+        cache: KVCache | Packed | None = None,
+        *,
+        positions: Tensor | None = None,
+        mask: Tensor | None = None,
+        last: int | Tensor | None = None,
+    ) -> Tensor:
+        """As Decoder.hidden."""
         self.check_inference(x)
         with torch.no_grad():
             x = x.contiguous()
-            if not isinstance(cache, KVCache) or cache.keys[0].dtype != x.dtype:
-                past = fresh(x, positions, mask) if cache is None else cache.past(x.shape[1])
-                return self.logits(take(self._remember(x, past), last))
-            past = cache.past(x.shape[1])
-            x = self._keep(x, cache, past.positions, past.mask, max(cache.lengths, default=0))
-            return self.logits(take(x, last))
+            past = fresh(x, positions, mask) if cache is None else cache.past(x.shape[1])
+            if len(x) != len(past.positions):
+                raise ValueError(f"{len(x)} rows of tokens were given with a cache for {len(past.positions)}")
+            if type(cache) in (KVCache, RoomCache) and cache.keys[0].dtype == x.dtype:
+                x = self._keep(x, cache, past.positions, past.mask, max(cache.lengths, default=0))
+            else:
+                x = self._remember(x, past)
+            return self.norm(take(x, last).contiguous())
+
+    def logits(self, x: Tensor) -> Tensor:
+        """What `hidden` gives to logits: B k E -> B k V"""
+        with torch.no_grad():
+            return self.head(x)
 
     def embed(self, tokens: Tensor) -> Tensor:
         """B T int64 -> B T E"""
         return F.embedding(tokens, self.embedding)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """The last block's output to logits: B k E -> B k V"""
-        return self.head(self.norm(x.contiguous()))
 
     def new_cache(self, batch: int, capacity: int, *, dtype: torch.dtype | None = None) -> KVCache:
         """An empty cache beside the weights; in their dtype it lies in a room that has its graphs already, if any."""
@@ -127,7 +144,7 @@ class CudaDecoder(FastPart):
 
     def step(self, tokens: Tensor, memory: "KVCache | Room", positions: Tensor) -> Tensor:
         """One token a row at its position, nothing read back: tokens B, positions B -> logits B 1 V."""
-        return self.logits(self._keep(self.embed(tokens[:, None]), memory, positions[:, None], None, 0))
+        return self.head(self.norm(self._keep(self.embed(tokens[:, None]), memory, positions[:, None], None, 0)))
 
     def _remember(self, x: Tensor, past: Past) -> Tensor:
         """The blocks with any kind of memory."""
@@ -141,8 +158,7 @@ class CudaDecoder(FastPart):
         for layer, block in enumerate(self.blocks):
             qkv = block.project(x, owed)
             q, k, v = qkv.split([block.heads, block.kv_heads, block.kv_heads], dim=2)
-            k, v = past.extend(layer, turn(k.contiguous(), rope), v)
-            attended = attend(turn(q.contiguous(), rope), k, v, causal=past.mask is None, mask=past.mask)
+            attended = past.attend(layer, turn(q.contiguous(), rope), turn(k.contiguous(), rope), v)
             owed = block.finish(x, attended.flatten(2))
         return x if owed is None else x + owed
 

@@ -148,6 +148,15 @@ def test_eight_bits_only_where_they_do_no_harm(golden: Path, twins: None) -> Non
     assert not torch.equal(mine, theirs)
 
 
+def test_a_tower_given_up(golden: Path, twins: None) -> None:
+    tower = tower_of(golden, "core_cls")
+    pixels = pixels_for(tower, 1)
+    wanted = tower.pooled(pixels)
+    fast = fast_vision(tower, Plan(keep=False))
+    assert golden_files.relative(fast.pooled(pixels), wanted) < 1e-5
+    assert not any(parameter.numel() for parameter in tower.parameters())
+
+
 def test_refusals(golden: Path) -> None:
     tower = tower_of(golden, "lang_nocls_ls")
     fast = CudaVision(tower)

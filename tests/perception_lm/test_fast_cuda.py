@@ -14,6 +14,7 @@ from perception.errors import ConfigError, LimitError, PerceptionError
 from perception.kernels.triton import language
 from perception.optimize import Plan
 from perception_lm import fast_cuda
+from perception_lm.cache import Packed
 from perception_lm.decoder import Decoder
 from perception_lm.fast_cuda import CudaDecoder, RoomCache, fast_decoder
 from perception_lm.generation import Reply, generate, stream
@@ -81,6 +82,8 @@ def test_the_same_logits(tied: bool, twins: None) -> None:
     mask = torch.ones(7, 7, dtype=torch.bool, device=DEVICE).tril()
     mask[4:, :4] = False
     close(fast(x, positions=positions, mask=mask), decoder(x, positions=positions, mask=mask))
+    packed = Packed([3, 4], device=DEVICE)
+    close(fast.hidden(x[:1], packed, last=3), decoder.hidden(x[:1], packed, last=3))
     caches = [d.new_cache(2, 12) for d in (decoder, fast)]
     for start, stop, kept in [(0, 4, [4, 2]), (4, 6, [6, 4]), (6, 7, [7, 5]), (0, 1, [8, 6])]:
         close(fast(x[:, start:stop], caches[1]), decoder(x[:, start:stop], caches[0]))
@@ -112,6 +115,17 @@ def test_the_plain_decoder_stays_as_it_is(twins: None) -> None:
     assert fast.blocks[0].qkv.weight.untyped_storage().data_ptr() == (
         decoder.blocks[0].attn.q.weight.untyped_storage().data_ptr()
     )
+
+
+def test_a_model_given_up(twins: None) -> None:
+    decoder = decoder_of(width=64, heads=4, kv_heads=2, head_dim=16, mlp_width=128)
+    x = decoder.embed(text(1, 4))
+    wanted = decoder(x)
+    for quantize, least in ((None, 0.99999), ("int8", 0.99)):
+        given = copy.deepcopy(decoder)
+        got = fast_decoder(given, Plan(quantize, keep=False))(x)  # type: ignore[arg-type]
+        assert torch.nn.functional.cosine_similarity(got, wanted, dim=-1).min() > least
+        assert not any(parameter.numel() for parameter in given.parameters())
 
 
 def batch_of(*lengths: int) -> Batch:
@@ -291,3 +305,5 @@ def test_refusals(twins: None) -> None:
         fast(torch.zeros(1, 2, fast.width, device=DEVICE, requires_grad=True))
     with pytest.raises(LimitError, match="do not fit into a cache"):
         fast(fast.embed(text(1, 3)), fast.new_cache(1, 2))
+    with pytest.raises(ValueError, match="2 rows of tokens were given with a cache for 1"):
+        fast(fast.embed(text(2, 1)), fast.new_cache(1, 2))

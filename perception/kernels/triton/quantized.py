@@ -8,11 +8,12 @@ Weights are coded once, inputs at each call. A map stays in its own dtype when e
 """
 
 import logging
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from perception.errors import ConfigError
 from perception.kernels.triton.language import check, jit, launch, power_of_two, runs_on, tl
@@ -82,6 +83,14 @@ class Product:
         else:
             y = fp8_product(codes, self.codes, scale, self.scale, self.bias, x.dtype)
         return y.unflatten(0, x.shape[:-1])
+
+
+def give_up(model: nn.Module, products: Iterable[Product]) -> None:
+    """Empty a model whose weights `products` hold, and the weights that their codes stand for."""
+    for product in products:
+        product.release()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.new_empty(0)
 
 
 def check_code(code: str, device: torch.device) -> None:
