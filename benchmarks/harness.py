@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from record import RESULTS, git, record, versions
+from record import RESULTS, clean, git, record, versions
 
 Call = Callable[[], object]
 Clock = Callable[[], float]
@@ -203,7 +203,7 @@ def conditions(threads: int) -> dict[str, Any]:
     return {
         "when": datetime.now(UTC).isoformat(timespec="minutes"),
         "commit": git("rev-parse", "--short", "HEAD"),
-        "clean": not git("status", "--porcelain", "--untracked-files=no"),
+        "clean": clean(),
         "threads": threads,
         "load average": round(os.getloadavg()[0], 2),
     }

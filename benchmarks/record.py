@@ -23,7 +23,7 @@ def record(name: str, result: dict[str, Any], packages: tuple[str, ...] = PACKAG
     facts = {
         "command": " ".join(["python", *(os.path.relpath(a, ROOT) if a.endswith(".py") else a for a in sys.argv)]),
         "commit": git("rev-parse", "HEAD"),
-        "clean": not git("status", "--porcelain", "--untracked-files=no"),
+        "clean": clean(),
         "machine": machine(),
         "versions": {"python": platform.python_version(), **versions(packages)},
     }
@@ -40,6 +40,12 @@ def spread(values: list[float], digits: int = 4) -> dict[str, float | int]:
         "max": round(max(values), digits),
         "runs": len(values),
     }
+
+
+def clean() -> bool:
+    """Whether the code is the commit's; what benchmarks themselves write does not count."""
+    written = (":!benchmarks/results", ":!benchmarks/scale.md", ":!README.md")
+    return not git("status", "--porcelain", "--untracked-files=no", "--", ".", *written)
 
 
 def versions(packages: tuple[str, ...]) -> dict[str, str]:
