@@ -62,6 +62,8 @@ class PerceptionLM(nn.Module):
     not fit, RequestError when slots and media tokens do not.
     """
 
+    fast = "perception_lm.fast:fast_plm"
+
     def __init__(
         self,
         encoder: VisionEncoder,
@@ -102,8 +104,8 @@ class PerceptionLM(nn.Module):
     def encode_media(self, pixels: Tensor) -> Tensor:
         """M 3 S S -> M n E, `media_chunk` items at a time; the pixels may wait on another device."""
         like = next((p for p in self.parameters() if p.is_floating_point()), pixels)
-        parts = pixels.split(self.media_chunk or len(pixels))
-        return torch.cat([self.projector(self.encoder(part.to(like)).patches) for part in parts])
+        parts = parts_on(pixels, self.media_chunk, like)
+        return torch.cat([self.projector(self.encoder(part).patches) for part in parts])
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute blocks of encoder and decoder in the backward pass instead of keeping their activations.
