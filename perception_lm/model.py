@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perception.errors import ConfigError, RequestError
+from perception.kernels.upload import parts_on
 from perception_encoder.protocol import VisionEncoder
 from perception_encoder.vision import VisionTransformer
 from perception_lm.config import PlmConfig, check_widths
