@@ -6,6 +6,7 @@ assistant.ask("chart.png", "Describe the bar plot in the image.")
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -14,11 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from perception.errors import RequestError
+from perception.errors import ConfigError, RequestError
 from perception.media import DEMUXERS, HEAD, open_media, read_image, sniff, to_rgb
 from perception_lm import generation
 from perception_lm.chat import Clip, Message, Part, Picture, Text
 from perception_lm.generation import Reply, Session
+from perception_lm.memory import Memory
 from perception_lm.model import PerceptionLM
 from perception_lm.processor import Processor, read_conversations
 from perception_lm.regions import Box, Moment, draw_boxes, parse_boxes, parse_moment, parse_moments
@@ -73,8 +75,18 @@ class Assistant:
     where the tokenizer says, unless stop_tokens= is given.
     """
 
+    fast = "perception_lm.fast:fast_assistant"
+
     def __init__(self, model: PerceptionLM, processor: Processor, tokenizer: LlamaTokenizer):
         self.model, self.processor, self.tokenizer = model, processor, tokenizer
+        self.memory = Memory(0)
+
+    def remember(self, conversations: int) -> None:
+        """Keep what was computed of so many of the last conversations, so that another question about the same picture
+        starts behind it. 0 forgets them all, and is how an assistant starts; a fast one (`perception.optimize`) starts
+        with two. Each takes the keys and values of its tokens. While it is on, the model's weights must not change.
+        """
+        self.memory = Memory(conversations)
 
     @property
     def device(self) -> torch.device:
@@ -115,18 +127,37 @@ class Assistant:
         fps: float | None = None,
         reuse: Session | None = None,
         cancel: Any = None,
+        batch_size: int | None = None,
         **settings: Any,
     ) -> list[Reply]:
         """Answers to a batch of conversations, each the one it would get alone; `samples` of each.
 
+        batch_size  so many conversations at a time, for lists that do not fit into memory at once; all by default
+        reuse       what an earlier turn of the same conversation left (`Chat` does that)
+        cancel      asked before each step; True ends all answers as they are, and those not begun are empty
+
         Raises RequestError, LimitError and MediaError as the processor does, ConfigError for settings that cannot be.
         """
         config = self._config(settings)
-        batch = self.processor(
-            conversations, tiling=tiling, max_tiles=max_tiles, frames=frames, start=start, end=end, fps=fps
-        )
+        media = {"tiling": tiling, "max_tiles": max_tiles, "frames": frames, "start": start, "end": end, "fps": fps}
         context = self.processor.media.context
-        return generation.generate(self.model, batch, self._read, config, context=context, reuse=reuse, cancel=cancel)
+        if batch_size is not None and batch_size < 1:
+            raise ConfigError(f"batch_size is {batch_size}; expected at least 1")
+        talks = read_conversations(conversations)
+        size = batch_size or len(talks)
+        config = replace(config, seed=config.seeds(len(talks)) if size < len(talks) else config.seed)
+        replies: list[Reply] = []
+        for at in range(0, len(talks), size):
+            if at and cancel is not None and cancel():
+                left = (len(talks) - at) * config.samples
+                return replies + [Reply(text="", tokens=[], finish="cancelled")] * left
+            batch = self.processor(talks[at : at + size], **media)
+            some = replace(config, seed=part_of(config, at, len(batch)))
+            with self.memory.lent(self.model, batch, some, reuse) as session:
+                replies += generation.generate(
+                    self.model, batch, self._read, some, context=context, reuse=session, cancel=cancel
+                )
+        return replies
 
     def stream(
         self,
@@ -345,6 +376,13 @@ class Chat:
 
     def _keep(self, messages: list[Message], said: str) -> None:
         self.messages = [*messages, Message("assistant", (Text(text=said),))]
+
+
+def part_of(config: generation.GenerationConfig, start: int, prompts: int) -> Any:
+    """The seed for the answers to `prompts` prompts from number `start` on."""
+    if not isinstance(config.seed, Sequence):
+        return config.seed
+    return config.seed[start * config.samples : (start + prompts) * config.samples]
 
 
 def question_about(media: Any, question: str, media_type: MediaType = "auto") -> list[Message]:

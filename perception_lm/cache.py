@@ -10,7 +10,8 @@ A row's slot number is its position, so rows of different length live side by si
 """
 
 from collections.abc import Sequence
-from typing import Protocol, Self, runtime_checkable
+from functools import cached_property, partial
+from typing import Any, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ class Packed(Past):
     """
 
     def __init__(self, lengths: Sequence[int], device: torch.device | str | None = None):
-        self.lengths = list(lengths)
+        self.batch, self.lengths = 1, list(lengths)
         if not self.lengths or min(self.lengths) < 1:
             raise ValueError(f"documents of {self.lengths} tokens; give at least one, of at least one token each")
         super().__init__(torch.cat([torch.arange(n) for n in self.lengths])[None].to(device or "cpu"))
@@ -95,10 +96,14 @@ class KVCache:
         dtype: torch.dtype | None = None,
     ):
         self.batch, self.capacity, self.lengths = batch, capacity, [0] * batch
-        shape = (batch, capacity, kv_heads, head_dim)
+        room = partial(self._room, batch, capacity, kv_heads, head_dim, device=device, dtype=dtype)
+        self.keys, self.values = [room() for _ in range(depth)], [room() for _ in range(depth)]
+
+    @staticmethod
+    def _room(batch: int, capacity: int, kv_heads: int, head_dim: int, **options: Any) -> Tensor:
+        """B capacity kv_heads head_dim, in whatever order in memory"""
         # zeros, not empty: a slot that is masked counts 0 times its value, and 0 times NaN is NaN
-        self.keys = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(depth)]
-        self.values = [torch.zeros(shape, device=device, dtype=dtype) for _ in range(depth)]
+        return torch.zeros(batch, capacity, kv_heads, head_dim, **options)
 
     def past(self, new: int) -> "KVPast":
         """Make `new` tokens part of every row; their keys and values follow layer by layer.
@@ -145,22 +150,50 @@ class KVCache:
         return new
 
 
+class HeadCache(KVCache):
+    """The same with the tokens of a head side by side in memory: what one new token reads is contiguous.
+
+    by_head  depth x (keys, values), each B kv_heads capacity head_dim, the same memory
+    """
+
+    @staticmethod
+    def _room(batch: int, capacity: int, kv_heads: int, head_dim: int, **options: Any) -> Tensor:
+        return torch.zeros(batch, kv_heads, capacity, head_dim, **options).transpose(1, 2)
+
+    @cached_property
+    def by_head(self) -> list[tuple[Tensor, Tensor]]:
+        return [(k.transpose(1, 2), v.transpose(1, 2)) for k, v in zip(self.keys, self.values, strict=True)]
+
+    def places(self, new: int) -> Tensor:
+        """Make `new` tokens part of every row. Returns row and slot of each, 2 B*new int64; LimitError as `past`."""
+        check_room(self, new)
+        slots = [[row, length + i] for row, length in enumerate(self.lengths) for i in range(new)]
+        self.lengths = [length + new for length in self.lengths]
+        return torch.tensor(slots).t().contiguous()
+
+
 class KVPast(Past):
     """The rows of a `KVCache` before, and with, the new tokens of one pass."""
 
     def __init__(self, cache: KVCache, new: int):
-        starts, end = cache.lengths, max(cache.lengths, default=0) + new
-        if end > cache.capacity:
-            raise LimitError(f"{end} tokens do not fit into a cache of {cache.capacity}; make a larger one")
+        starts, end = cache.lengths, check_room(cache, new)
         device = cache.keys[0].device
         positions = torch.tensor(starts, device=device)[:, None] + torch.arange(new, device=device)  # B T
         super().__init__(positions, None if len(set(starts)) == 1 else visible(positions, end))
-        self.cache, self.end, self.rows = cache, end, torch.arange(cache.batch, device=device)[:, None]
+        self.cache, self.start, self.end, self.rows = (
+            cache,
+            end - new,
+            end,
+            torch.arange(cache.batch, device=device)[:, None],
+        )
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        keys[self.rows, self.positions] = k.to(keys.dtype)
-        values[self.rows, self.positions] = v.to(values.dtype)
+        if self.mask is None:  # all rows at the same place: one copy
+            keys[:, self.start : self.end], values[:, self.start : self.end] = k, v
+        else:
+            keys[self.rows, self.positions] = k.to(keys.dtype)
+            values[self.rows, self.positions] = v.to(values.dtype)
         return keys[:, : self.end].to(k.dtype), values[:, : self.end].to(v.dtype)
 
 
@@ -197,6 +230,14 @@ class Replay:
 
     def resized(self, capacity: int) -> "Replay":
         return self
+
+
+def check_room(cache: KVCache, new: int) -> int:
+    """Tokens of the longest row with `new` more; LimitError when they do not fit."""
+    end = max(cache.lengths, default=0) + new
+    if end > cache.capacity:
+        raise LimitError(f"{end} tokens do not fit into a cache of {cache.capacity}; make a larger one")
+    return end
 
 
 def visible(positions: Tensor, end: int) -> Tensor:

@@ -26,6 +26,8 @@ class Decoder(nn.Module):
     Neighbouring channels are one rotating plane, the order of Meta's own files.
     """
 
+    fast = "perception_lm.fast:fast_decoder"
+
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config, self.width = config, config.width

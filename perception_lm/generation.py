@@ -516,7 +516,7 @@ class Session:
         """The cache, cropped to what this turn's prompt begins with, and with room for `capacity` tokens."""
         assert self.model is not None, "belong_to() comes first"
         (ids,) = prompts_of(batch)
-        kept = min(self.shared(ids), len(ids) - 1)  # one token at least must run: its logits are wanted
+        kept = min(self.shared(ids, self.coming), len(ids) - 1)  # one token at least must run: its logits are wanted
         if self.cache is None:
             self.cache = new_cache(self.model, 1, capacity)
         self.cache.crop([kept])
@@ -524,14 +524,14 @@ class Session:
         self.tokens, self.items = ids[:kept], self.coming
         return self.cache
 
-    def shared(self, ids: Sequence[int]) -> int:
-        """How many tokens at the beginning of `ids` the cache knows, media and all."""
+    def shared(self, ids: Sequence[int], coming: Sequence[bytes]) -> int:
+        """How many tokens at the beginning of `ids` the cache knows, media and all.  coming: names of its media"""
         assert self.model is not None, "belong_to() comes first"
         same = next((i for i, (a, b) in enumerate(zip(self.tokens, ids, strict=False)) if a != b), None)
         same = min(len(self.tokens), len(ids)) if same is None else same
         slots = [i for i, token in enumerate(ids) if token == self.model.media_token]
-        each = len(slots) // max(len(self.coming), 1)
-        for item, name in enumerate(self.coming):
+        each = len(slots) // max(len(coming), 1)
+        for item, name in enumerate(coming):
             if item >= len(self.items) or self.items[item] != name:
                 return min(same, slots[item * each])
         return same
@@ -539,8 +539,10 @@ class Session:
     def keep(self, answer: Answer) -> None:
         """Note what the cache holds after a step."""
         assert self.model is not None, "belong_to() comes first"
-        written = [-1 if token == self.model.media_token else token for token in answer.tokens]
-        self.tokens = (answer.prompt + written)[: answer.kept]
+        prompt, media = answer.prompt, self.model.media_token
+        self.tokens += prompt[len(self.tokens) :]
+        new = answer.tokens[len(self.tokens) - len(prompt) : answer.kept - len(prompt)]  # at each step, these alone
+        self.tokens += [-1 if token == media else token for token in new]
 
 
 def name_of(item: Tensor) -> bytes:
