@@ -12,7 +12,7 @@ from plm_tiny import tiny_config, tiny_model
 
 from perception_lm.assistant import Assistant
 from perception_lm.tokenizer import LlamaTokenizer
-from perception_lm.training.run import DataConfig, ModelConfig, OptimizerConfig, Run
+from perception_lm.training.run import DataConfig, ModelConfig, OptimizerConfig, Run, ScheduleConfig
 from perception_lm.zoo import assemble
 
 TOKENIZER = Path(__file__).parent / "golden" / "plm" / "tokenizer.model"
@@ -60,6 +60,7 @@ def tiny_run(out: Path, **changes: Any) -> Run:
         "model": ModelConfig(init="unused"),
         "data": DataConfig(seq_len=160, tokens=320, tiling="vanilla"),
         "optimizer": OptimizerConfig(lr=3e-3),
+        "schedule": ScheduleConfig(kind="constant"),
         "export": (),
     }
     return Run(**{**given, **changes})

@@ -231,7 +231,8 @@ def test_stochastic_depth() -> None:
     assert not torch.equal(tower.train()(pixels).patches, before)
     torch.manual_seed(0)
     kept = DropPath(0.25, nn.Identity()).train()(torch.ones(4000, 3))
-    assert set(kept.unique().tolist()) == {0.0, pytest.approx(1 / 0.75)}
+    assert set(kept.unique().tolist()) == {0.0, kept.max().item()}
+    assert kept.max().item() == pytest.approx(1 / 0.75)
     assert kept.mean().item() == pytest.approx(1, abs=0.05)
     assert (kept.std(1) == 0).all()
     for wrong, rate in ((tower, 1.0), (nn.Identity(), 0.1)):
@@ -251,8 +252,13 @@ def test_operations_are_counted() -> None:
         task = AnswerTask(assistant.model)
         with FlopCounterMode(display=False) as counter:
             task(pack).total.backward()
-        # The head is computed twice, and torch counts causal attention whole; both are small here.
-        assert Flops(assistant.model)(pack) == pytest.approx(counter.get_total_flops(), rel=0.15)
+        flops, n = Flops(assistant.model), len(pack.tokens[0])
+        # 48 and 24 channels, 2 blocks each; causal pairs are half. torch does not count attention on a CPU.
+        assert flops.squared * n * n == 3 * 4 * 48 * 2 * n * n / 2
+        assert flops.item_squared == (3 if "encoder" in parts else 1) * 4 * 24 * 2
+        flops.squared = flops.item_squared = 0
+        # The class token is left out; the head is computed twice, which counts once.
+        assert flops(pack) == pytest.approx(counter.get_total_flops(), rel=0.08)
 
 
 def test_run_files_of_the_published_stages() -> None:
