@@ -40,6 +40,7 @@ Which = Literal["image", "text"]
 EMBEDDINGS = {"image": ("img_emb", "img_emb_"), "text": ("text_emb", "text_emb_")}
 PATHS = ("image_path", "path", "file", "file_name", "url")
 CAPTIONS = ("caption", "text")
+OWN = ("inside", "width", "height", "start", "end")  # columns every part may have
 AT_ONCE = 65536
 
 
@@ -177,8 +178,8 @@ def _table_columns(chunk: dict[str, Any], start: int, stop: int) -> dict[str, Co
     found = {"id": column(ids), "source": column(sources), "inside": column([""] * len(names))}
     if caption:
         found["text"] = column(None if one is None else str(one) for one in data[caption])
-    rest = [name for name in data if name not in (caption, path, "id")]
-    return found | {f"meta.{name}": column(data[name]) for name in rest}
+    rest = [name for name in data if name not in (caption, path, "id", "hash")]
+    return found | {name if name in OWN else f"meta.{name}": column(data[name]) for name in rest}
 
 
 # --- out -------------------------------------------------------------------------------------------------------------
