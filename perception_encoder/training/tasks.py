@@ -1,0 +1,104 @@
+"""What a pass of each kind of run makes of a batch: a loss, summed over its samples.
+
+B batch  C embedding width  K classes
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from perception.training.trainer import Loss
+from perception_encoder.clip import CLIP
+from perception_encoder.training.config import LossConfig
+from perception_encoder.training.losses import clip_loss, cosine_distillation, similarity_distillation
+from perception_encoder.training.pairs import Batch
+from perception_encoder.training.recipes import SelfDistillation
+from perception_encoder.vision import VisionTransformer
+
+MAX_SCALE = 100.0  # of the logits (Radford et al. 2021, section 2.5)
+
+
+class ContrastiveTask(nn.Module):
+    """CLIP's loss over all processes' samples, and a teacher's picture embeddings where there is one.
+
+    together  several processes: their texts and pictures are negatives, too
+    teacher   pixels -> B T, frozen
+    """
+
+    def __init__(self, clip: CLIP, loss: LossConfig, *, teacher: Any = None, width: int = 0, together: bool = False):
+        super().__init__()
+        self.model, self.loss, self.together = clip, loss, together
+        self.teacher = [teacher]  # a list: it is not part of what is saved
+        image_width = clip.config.vision.output_width or clip.vision.width
+        self.features = nn.Linear(image_width, width) if teacher is not None and loss.features else None
+
+    def forward(self, batch: Batch) -> Loss:
+        device, count = self.model.logit_scale.device, len(batch.pixels)
+        pixels = batch.pixels.to(device)
+        image, total = self.model.vision.pooled(pixels), torch.zeros((), device=device)
+        if self.loss.contrastive:
+            text = self.model.text(self.model.tokenize(batch.texts).to(device))
+            scale = self.model.logit_scale.exp().clamp(max=MAX_SCALE)
+            total = total + self.loss.contrastive * clip_loss(image, text, scale, gather=self.together)
+        (teacher,) = self.teacher
+        if teacher is not None and batch.teacher is not None:
+            with torch.no_grad():
+                wanted = teacher(batch.teacher.to(device))
+            if self.features is not None:
+                total = total + self.loss.features * cosine_distillation(self.features(image), wanted)
+            if self.loss.relations:
+                total = total + self.loss.relations * similarity_distillation(image, wanted)
+        return Loss(total * count, count)
+
+
+class ClassifyTask(nn.Module):
+    """Cross-entropy of a linear layer on the tower's pooled output, or on the mean of its patches."""
+
+    def __init__(self, tower: VisionTransformer, classes: Sequence[str], smooth: float):
+        super().__init__()
+        self.model, self.classes, self.smooth = tower, list(classes), smooth
+        width = (tower.config.output_width or tower.width) if tower.pool is not None else tower.width
+        self.head = nn.Linear(width, len(classes))
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, batch: Batch) -> Loss:
+        device = self.head.weight.device
+        assert batch.labels is not None
+        logits = self.head(embed(self.model, batch.pixels.to(device)))
+        loss = F.cross_entropy(logits, batch.labels.to(device), label_smoothing=self.smooth, reduction="sum")
+        return Loss(loss, len(batch.pixels))
+
+
+class SpatialTask(nn.Module):
+    """A tower that one of its own inner layers teaches; captions are not looked at."""
+
+    def __init__(self, tower: VisionTransformer, teacher: VisionTransformer, loss: LossConfig):
+        super().__init__()
+        self.distillation = SelfDistillation(tower, teacher, loss.layer, loss.similarity)
+
+    @property
+    def model(self) -> VisionTransformer:
+        return self.distillation.student
+
+    def forward(self, batch: Batch) -> Loss:
+        pixels = batch.pixels.to(self.model.pos_embed.device)
+        return Loss(self.distillation(pixels) * len(pixels), len(pixels))
+
+
+def embed(tower: VisionTransformer, pixels: Tensor) -> Tensor:
+    """B C: one vector a picture, of any tower."""
+    return tower.pooled(pixels) if tower.pool is not None else tower(pixels).patches.mean((1, 2))
+
+
+def units(module: nn.Module) -> list[nn.Module]:
+    """The blocks of all towers: what is sharded and compiled one by one."""
+    return [
+        block
+        for part in module.modules()
+        if isinstance(blocks := getattr(part, "blocks", None), nn.ModuleList)
+        for block in blocks
+    ]
