@@ -174,9 +174,8 @@ def test_every_node_spells_the_beginning_of_its_texts() -> None:
     order = np.lexsort(texts.T[::-1])
     texts, lengths = texts[order], lengths[order]
     tree = tree_of(texts, lengths, torch.device("cpu"))
-    beginnings = {
-        tuple(row[: n + 1]) for row, length in zip(texts.tolist(), lengths, strict=True) for n in range(length)
-    }
+    whole = [row[:length] for row, length in zip(texts.tolist(), lengths, strict=True)]
+    beginnings = {tuple(text[: n + 1]) for text in whole for n in range(len(text))}
     assert len(tree.tokens) == len(beginnings) < lengths.sum()  # each beginning once, and some are shared
     for node in range(len(tree.tokens)):
         way = tree.path[node, : tree.lengths[node]].tolist()
