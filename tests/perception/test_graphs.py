@@ -19,10 +19,12 @@ def test_a_graph_follows_its_inputs_and_what_it_writes() -> None:
         total.add_(x)
         return (total * 2,)
 
-    graph = Graph(add, [tensor(1.0)])
+    example = tensor(1.0)
+    graph = Graph(add, [example])
     total.zero_()  # the warm-ups ran for real
     assert graph(tensor(3.0))[0].item() == 6
     given = tensor(4.0)
+    assert example.item() == 1
     (first,) = graph(given)
     assert first.item() == 14
     assert given.item() == 4
