@@ -314,7 +314,7 @@ def export(
         assistant = load_checkpoint(model, dtype=None if dtype == "stored" else pick_dtype(dtype))
     else:
         assistant = _load(model, "cpu", dtype)
-    assistant.save(out, format)
+    assistant.save(out, format)  # type: ignore[arg-type]
     show({"format": format, "out": str(out)}, as_json, lambda: str(out))
 
 

@@ -5,7 +5,7 @@ the work have a say in the order.
 """
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -14,7 +14,8 @@ from perception.errors import ConfigError
 BLOCK = 1024  # positions in which every source has its share, to one sample
 
 
-class Place(NamedTuple):
+@dataclass(frozen=True)
+class Place:
     """Where a sample is: which source, which of its samples, and for the how many-th time."""
 
     source: int

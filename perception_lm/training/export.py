@@ -110,7 +110,8 @@ def fill(model: nn.Module, path: Path, *, average: bool = False) -> dict[str, Te
 
 def write_models(trainer: Trainer, run: Any) -> list[Path]:
     """What a run ends with: the model in every layout asked for, beside its checkpoints; adapters on their own, too."""
-    folder, written = Path(run.out), []
+    folder = Path(run.out)
+    written: list[Path] = []
     if not trainer.world.first:
         return written
     found = find_checkpoint(folder)

@@ -129,7 +129,7 @@ def _boxes(row: Mapping[str, Any]) -> list[Box]:
     if not all(isinstance(side, int | float) and not isinstance(side, bool) and side > 0 for side in (width, height)):
         raise RequestError(f"boxes of a picture of {width!r} x {height!r}; expected its 'width' and 'height'")
     try:
-        return [Box.from_xywh(*map(float, box)) for box in boxes]
+        return [Box.from_xywh(float(x), float(y), float(w), float(h)) for x, y, w, h in boxes]
     except (TypeError, ValueError) as error:
         raise RequestError(f"'bbox' is {str(boxes)[:80]}; expected a list of [x, y, w, h] in pixels") from error
 

@@ -239,7 +239,7 @@ def make_trainer(
             unit.compile(dynamic=True)
     shard(task, units(model), run.engine, world)
     rows = sum(len(source) for source in found.values())
-    trainer = Trainer(
+    return Trainer(
         task,
         [make_optimizer(task, run.optimizer)],
         data,
@@ -263,8 +263,6 @@ def make_trainer(
         after_step=after_step,
         progress=progress,
     )
-    trainer.assistant = assistant  # type: ignore[attr-defined]
-    return trainer
 
 
 def _shape(schedule: ScheduleConfig) -> dict[str, Any]:

@@ -4,7 +4,7 @@ import logging
 import signal
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from torch.utils.data import DataLoader, Dataset
 
@@ -17,7 +17,8 @@ log = logging.getLogger(__name__)
 Layout = Literal["packed", "padded"]
 
 
-class Lost(NamedTuple):
+@dataclass(frozen=True)
+class Lost:
     """A sample that was left out. too_long: not its fault."""
 
     source: str
@@ -88,7 +89,7 @@ class Stream:
         loader = DataLoader(
             self.work,
             batch_size=None,
-            sampler=_Tasks(tasks),  # type: ignore[arg-type]
+            sampler=_Tasks(tasks),
             num_workers=workers,
             collate_fn=_as_it_is,
             worker_init_fn=_quiet_worker if workers else None,
@@ -139,7 +140,7 @@ class Step:
     report: Report
 
 
-class _Work(Dataset):  # type: ignore[type-arg]
+class _Work(Dataset):
     """What a worker does, asked by task instead of by index."""
 
     def __init__(self, sources: Mapping[str, Source], order: Order, examples: Examples, config: StreamConfig):
