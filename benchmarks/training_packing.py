@@ -30,7 +30,7 @@ from perception_lm.training.examples import Example, Examples, Pack, join, pad, 
 from perception_lm.training.rows import read_row
 from perception_lm.training.task import AnswerTask
 
-SEQ_LEN, TOKENS, SAMPLES = 1024, 4096, 24
+SEQ_LEN, TOKENS, SAMPLES = 1024, 4096, 12
 
 
 def rows(count: int, seed: int = 0) -> list[dict[str, Any]]:
@@ -150,7 +150,7 @@ def measure(rounds: int, device: torch.device) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     result = measure(arguments.rounds, pick_device(arguments.device))

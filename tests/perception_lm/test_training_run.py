@@ -104,6 +104,34 @@ def test_recomputed_blocks_give_the_same(tmp_path: Path) -> None:
     assert losses(tmp_path / "b") == losses(tmp_path / "a")
 
 
+def test_text_goes_through_every_part_where_parts_are_shared() -> None:
+    """One process with pictures and one without must ask for the same parameters; the loss is that of the text."""
+    assistant = tiny_assistant()
+    text = Examples(processor=assistant.processor, seq_len=160)(read_row({"conversations": turns("yes")}))
+    alone, shared = (AnswerTask(assistant.model, together=together) for together in (False, True))
+    wanted = alone(join([text])).total
+    assert shared(join([text])).total.item() == wanted.item()
+    wanted.backward()
+    assert assistant.model.projector.fc1.weight.grad is None
+    shared(join([text])).total.backward()
+    for part in (assistant.model.projector.fc1.weight, assistant.model.encoder.patch_embed.weight):
+        assert part.grad is not None
+        assert not part.grad.any()
+
+
+@pytest.mark.parametrize("engine", [{"precision": "bf16"}, {"shard": "full", "checkpointing": True}])
+def test_one_process_with_sharded_parameters(tmp_path: Path, engine: dict[str, Any]) -> None:
+    """How bf16 passes keep float32 weights; what is saved is float32, and goes on without."""
+    run_here(tiny_run(tmp_path / "a", steps=3))
+    run_here(tiny_run(tmp_path / "b", steps=2, engine=EngineConfig(**engine)))
+    wanted = losses(tmp_path / "a")
+    near = 0.02 if "precision" in engine else 1e-6
+    assert losses(tmp_path / "b") == pytest.approx(wanted[:2], rel=near)
+    assert load_checkpoint(tmp_path / "b").model.decoder.norm.weight.dtype == torch.float32
+    run_here(tiny_run(tmp_path / "b", steps=3))
+    assert losses(tmp_path / "b") == pytest.approx(wanted, rel=near)
+
+
 # --- the whole way --------------------------------------------------------------------------------------------------
 
 
@@ -411,6 +439,16 @@ def test_f121_two_processes_as_one(tmp_path: Path) -> None:
     assert run_here(tiny_run(tmp_path / "mixed", steps=4))
     assert losses(tmp_path / "mixed") == pytest.approx(wanted, rel=1e-6)
     assert [line["samples"] for line in read_metrics(tmp_path / "mixed")] == [6] * 4
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_copies_of_sharded_parameters(tmp_path: Path) -> None:
+    """HSDP: two copies of one shard each, on one machine."""
+    assert run_here(tiny_run(tmp_path / "one", steps=3))
+    ended = finish(start(tmp_path / "two", ranks=2, steps=3, engine={"shard": "hybrid", "replicas": 2}))
+    assert [code for code, _ in ended] == [0, 0], ended
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
 
 
 @pytest.mark.slow
