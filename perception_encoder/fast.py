@@ -39,7 +39,7 @@ def fast_clip(model: CLIP, plan: Plan) -> CLIP:
     fast = CLIP(cast(Any, vision), cast(Any, text), model.preprocess, model.tokenize)
     fast.logit_scale = frozen(model.logit_scale)
     fast.source = model.source
-    fast.fingerprint = mark  # type: ignore[assignment]
+    fast.fingerprint = mark
     return fast.eval()
 
 
@@ -216,8 +216,10 @@ class FastText(FastPart):
 
     def _embed(self, tree: "Tree") -> Tensor:
         x = F.embedding(tree.tokens, self.token_embed) + self.pos_embed[tree.depths]  # T D
-        x, late = x.to(self.compute), None
-        for block in self.blocks:
+        x = x.to(self.compute)
+        late: Tensor | None = None
+        blocks: list[Any] = self.blocks
+        for block in blocks:
             x, late = block(x, tree, late)
         if late is not None:
             x.add_(late)

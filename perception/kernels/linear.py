@@ -272,6 +272,7 @@ def _choose(dtype: torch.dtype, quantize: str | None, few: bool, threads: int) -
         return "plain"
     m, k, n = (1, 2048, 2048) if few else (192, 768, 768)
     weight, bias, x = _sample(m, k, n)
+    rivals: tuple[str, ...]
     if quantize is None:
         plain, rivals, tolerance = "plain", RIVALS[dtype], TOLERANCE[dtype]
         weight, bias, x = weight.to(dtype), bias.to(dtype), x.to(dtype)

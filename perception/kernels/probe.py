@@ -5,6 +5,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -86,18 +87,18 @@ def race(
     limit = 8 * seconds(lambda: run(few), budget=0.0) + 1e-3
     wanted, runs = run(few).float(), {name: run}
     for rival, call in rivals.items():
-        right = agrees(rival, lambda call=call: call(few), wanted, tolerance)
-        if right and seconds(lambda call=call: call(few), budget=0.0, least=1) < limit:
+        on_few = functools.partial(call, few)
+        if agrees(rival, on_few, wanted, tolerance) and seconds(on_few, budget=0.0, least=3) < limit:
             runs[rival] = call
     best, names = dict.fromkeys(runs, float("inf")), list(runs)
     for index in range(rounds):
         for candidate in names[index % len(names) :] + names[: index % len(names)]:
             if index < 3 or best[candidate] < 2 * min(best.values()):
-                call = runs[candidate]
-                best[candidate] = min(best[candidate], seconds(lambda call=call: call(x), budget=0.0, least=1))
+                took = seconds(functools.partial(runs[candidate], x), budget=0.0, least=1)
+                best[candidate] = min(best[candidate], took)
     winner = min(best, key=best.__getitem__)
     winner = winner if best[winner] * MARGIN < best[name] else name
-    log.debug("%s is chosen: %s", winner, {candidate: f"{1e3 * took:.2f} ms" for candidate, took in best.items()})
+    log.debug("%s is chosen: %s", winner, {each: f"{1e3 * took:.2f} ms" for each, took in best.items()})
     return winner
 
 
@@ -108,13 +109,14 @@ def agrees(name: str, run: Run, wanted: Tensor, tolerance: float) -> bool:
     except Exception as error:  # operators torch does not promise may be absent, moved, or refuse this machine
         log.debug("%s does not run here: %s", name, error)
         return False
-    error = float((got - wanted).norm() / wanted.norm().clamp_min(1e-30)) if got.shape == wanted.shape else float("inf")
-    if not error <= tolerance:  # not <=, so that a NaN is out too
-        log.debug("%s is wrong here: relative error %.2g", name, error)
-    return error <= tolerance
+    off = float((got - wanted).norm() / wanted.norm().clamp_min(1e-30)) if got.shape == wanted.shape else float("inf")
+    if not off <= tolerance:  # not >, so that a NaN is out too
+        log.debug("%s is wrong here: relative error %.2g", name, off)
+        return False
+    return True
 
 
-def gemm_limit(dtype: torch.dtype, m: int, k: int, n: int, *, quantize: str | None = None) -> float:
+def gemm_limit(dtype: torch.dtype, m: int, k: int, n: int, *, quantize: Literal["int8"] | None = None) -> float:
     """GFLOP/s of one `m k n` product in the fastest form here: what a model of that shape cannot exceed by much."""
     from perception.kernels.linear import pack
 
