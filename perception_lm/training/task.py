@@ -94,7 +94,5 @@ class AnswerTask(nn.Module):
 
 
 def units(model: PerceptionLM) -> list[nn.Module]:
-    """The parts that are sharded one by one: every block of the tower and the decoder, and the projector."""
-    decoder, encoder = cast(nn.Module, model.decoder), cast(nn.Module, model.encoder)
-    blocks = [*getattr(encoder, "blocks", ()), *getattr(decoder, "blocks", ())]
-    return [*blocks, cast(nn.Module, model.projector)]
+    """The parts that are sharded, recomputed and compiled one by one: every block of the tower and of the decoder."""
+    return [*getattr(model.encoder, "blocks", ()), *getattr(model.decoder, "blocks", ())]
