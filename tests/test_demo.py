@@ -1,5 +1,6 @@
 """`perception demo` end to end, without a network."""
 
+import html
 import json
 import re
 import socket
@@ -9,7 +10,9 @@ from pathlib import Path
 import pytest
 
 import perception_encoder as pe
+import perception_lm.demo
 from perception_encoder import demo, samples
+from perception_lm.samples import samples as asked
 
 
 @pytest.fixture(scope="module")
@@ -18,9 +21,10 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict, Path]:
     patch = pytest.MonkeyPatch()
     patch.setattr(socket.socket, "connect", lambda *a: pytest.fail("the network was touched"))
     said: list[str] = []
-    path, summary = demo.run(pe.load_clip("PE-Core-nano", device="cpu"), out, said.append)
+    more = perception_lm.demo.steps()
+    path, summary = demo.run(pe.load_clip("PE-Core-nano", device="cpu"), out, said.append, more)
     patch.undo()
-    assert len(said) == 5
+    assert len(said) == 8
     return path.read_text("utf-8"), summary, out
 
 
@@ -63,3 +67,31 @@ def test_page_is_whole_and_self_contained(page: tuple[str, dict, Path]) -> None:
 def test_labels_cannot_break_the_page() -> None:
     assert "<script>" not in demo.bar("<script>alert(1)</script>", 0.5)
     assert "<script>" not in demo.render([("<script>", "<script>", "")], 1.0)
+
+
+def test_questions_and_answers_are_on_the_page(page: tuple[str, dict, Path]) -> None:
+    text, summary, _ = page
+    talk = [*summary["chart"], *summary["scene"], *summary["video"]]
+    assert len(talk) == sum(len(entry["questions"]) for entry in asked().values()) + 1
+    for turn in talk:
+        assert f"<dt>{html.escape(turn['question'])}</dt><dd><b>{html.escape(turn['answer'])}</b>" in text
+        assert turn["answer"]
+    assert summary["chart"][0]["question"] == "Describe the bar plot in the image."
+
+
+def test_the_small_model_knows_what_it_shows(page: tuple[str, dict, Path]) -> None:
+    _, summary, _ = page
+    talk = [*summary["chart"], *summary["scene"], *summary["video"]]
+    right = sum(turn["answer"] == turn["expected"] for turn in talk)
+    assert right >= len(talk) // 2, talk
+
+
+def test_other_packages_add_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Found:
+        name = "other"
+
+        def load(self) -> object:
+            return lambda: ["a step"]
+
+    monkeypatch.setattr(demo, "entry_points", lambda group: [Found()] if group == "perception.demo" else [])
+    assert demo.added() == ["a step"]

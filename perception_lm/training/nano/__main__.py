@@ -16,9 +16,11 @@ import torch
 from perception_lm.training.launch import train
 from perception_lm.training.nano.build import build_start
 from perception_lm.training.run import Run, load_run
+from perception_lm.zoo import load
 
 log = logging.getLogger(__name__)
 STAGES = ("stage1", "stage2", "stage3")
+NAME = "PLM-nano"
 
 
 def stage(name: str, data: Path, out: Path, overrides: tuple[str, ...] = ()) -> Run:
@@ -28,6 +30,13 @@ def stage(name: str, data: Path, out: Path, overrides: tuple[str, ...] = ()) -> 
     folders = [f"out={out / name}", f"model.init={before}"]
     folders += [f"data.sources.{source}.options.data={data}" for source in plain.data.sources]
     return load_run(f"nano_{name}", [*folders, *overrides])
+
+
+def finish(trained: Path, folder: Path) -> None:
+    """A trained model as it is given away: in float16."""
+    assistant = load(trained, device="cpu", dtype="float32")
+    assistant.model.half()
+    assistant.save(folder)
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -51,6 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
         log.info("%s", name)
         if not train(stage(name, options.data, options.out, tuple(options.overrides))):
             return 1
+    last = options.out / STAGES[-1] / "model"
+    if last.is_dir():
+        finish(last, options.out / NAME)
+        log.info("saved %s", options.out / NAME)
     return 0
 
 

@@ -153,13 +153,17 @@ def once(turns: list[Turn]) -> list[Turn]:
 
 
 def caption(things: list[Thing]) -> Turn:
-    names = ", ".join(f"a {thing.name}" for thing in things)
-    many = f"{len(things)} shapes" if len(things) > 1 else "1 shape"
-    return Turn("caption", CAPTION_IMAGE, f"{many}: {names}.")
+    return Turn("caption", CAPTION_IMAGE, _listed(things, [f"a {thing.name}" for thing in things]))
 
 
 def locate(things: list[Thing]) -> Turn:
-    return Turn("list", LIST.train[0], "\n".join(f"{thing.name} {box_text(thing)}" for thing in things))
+    """All there is to say: how many, which, and where."""
+    return Turn("list", LIST.train[0], _listed(things, [f"a {thing.name} {box_text(thing)}" for thing in things]))
+
+
+def _listed(things: list[Thing], each: list[str]) -> str:
+    many = f"{len(things)} shapes" if len(things) > 1 else "1 shape"
+    return f"{many}: {', '.join(each)}."
 
 
 def count(draw: random.Random, world: World, things: list[Thing]) -> Turn:

@@ -1,0 +1,168 @@
+"""PLM-nano as it comes with the package: small, offline, of PLM's own formats; its run files, and finetuning it."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import perception_lm as plm
+from perception.errors import ConfigError
+from perception_encoder.zoo import load_encoder
+from perception_lm.samples import samples
+from perception_lm.tokenizer import SPECIAL, read_ranks
+from perception_lm.training.nano.__main__ import STAGES, finish, stage
+from perception_lm.training.nano.build import DECODER, KEPT, SCALE, language_tower
+from perception_lm.training.nano.mixture import Mixture
+from perception_lm.training.nano.world import World
+from perception_lm.training.sources import SOURCES
+
+ROOT = Path(__file__).parents[2]
+FOLDER = ROOT / "perception_lm" / "weights" / "PLM-nano"
+
+
+@pytest.fixture(scope="module")
+def assistant() -> plm.Assistant:
+    patch = pytest.MonkeyPatch()
+    patch.setattr(socket.socket, "connect", lambda *a: pytest.fail("the network was touched"))
+    found = plm.load("PLM-nano", device="cpu", offline=True)
+    patch.undo()
+    return found
+
+
+def test_it_is_small_and_whole(assistant: plm.Assistant) -> None:
+    assert "PLM-nano" in plm.list_models()
+    parameters = sum(p.numel() for p in assistant.model.parameters())
+    assert 2e6 < parameters < 10e6
+    assert (FOLDER / "model.safetensors").stat().st_size < 24e6
+    assert sum(f.stat().st_size for f in FOLDER.iterdir()) < 24e6
+    assert (FOLDER / "README.md").is_file()
+    assert next(iter(plm.load("PLM-nano", device="cpu", dtype="stored").model.parameters())).dtype == torch.float16
+
+
+def test_its_tokenizer_is_in_the_published_format(assistant: plm.Assistant) -> None:
+    ranks = read_ranks((FOLDER / "tokenizer.model").read_bytes())
+    tokenizer = assistant.tokenizer
+    assert 2000 <= len(ranks) <= 4096
+    assert [tokenizer.special[name] for name in SPECIAL] == list(range(len(ranks), len(ranks) + 256))
+    assert all(len(tokenizer.encode(f"{min(k * 1000 // 32, 999):03d}")) == 1 for k in range(33))
+    assert all(len(tokenizer.encode(str(number))) == 1 for number in range(101))
+    assert len(tokenizer.encode("LUMBER")) == 6
+
+
+def test_a_picture_is_sixteen_tokens(assistant: plm.Assistant) -> None:
+    path = samples()["scene"]["path"]
+    (found,) = assistant.processor.estimate([[{"role": "user", "content": [{"type": "image", "image": path}]}]])
+    assert found.slots == 16
+    clip = samples()["clip"]["path"]
+    (found,) = assistant.processor.estimate([[{"role": "user", "content": [{"type": "video", "video": clip}]}]])
+    assert found.slots == 64
+
+
+def test_it_answers_what_it_learned(assistant: plm.Assistant) -> None:
+    asked = [(e["path"], question, answer) for e in samples().values() for question, answer in e["questions"]]
+    answers = [assistant.ask(path, question, max_new_tokens=96).strip() for path, question, _ in asked]
+    right = [found == wanted for found, (_, _, wanted) in zip(answers, asked, strict=True)]
+    assert sum(right) >= len(right) // 2, list(zip(answers, asked, strict=True))
+    told = assistant.ask(samples()["chart"]["path"], "Describe the bar plot in the image.", max_new_tokens=96)
+    assert re.match(r"The bar plot displays the values of \w+ categories: .*\. The axis runs from 0 to \d+\. ", told)
+
+
+def test_it_gives_boxes(assistant: plm.Assistant) -> None:
+    entry = samples()["scene"]
+    (box,) = assistant.ground(entry["path"], f"the {entry['find'][0]}", max_new_tokens=24)
+    assert 0 <= box.x1 < box.x2 <= 64
+    assert 0 <= box.y1 < box.y2 <= 64
+
+
+def test_the_tower_says_what_it_said_but_smaller() -> None:
+    core = load_encoder("PE-Core-nano", device="cpu", dtype="float32")
+    tower = language_tower(core)
+    pixels = torch.rand(2, 3, 64, 64) * 2 - 1
+    with torch.inference_mode():
+        before = core.intermediates(pixels, [KEPT - 1])[0].patches
+        after = tower(pixels).patches
+    # Not to the last digit: the norms' epsilon weighs more on what is smaller.
+    assert (after - before * SCALE).abs().max() < 0.02 * after.abs().max()
+    assert tower.config.layer_scale == SCALE
+    assert tower.pool is None
+    assert language_tower(tower) is tower
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_run_files(name: str, tmp_path: Path) -> None:
+    run = stage(name, Path("some/data"), tmp_path, ("steps=7000",))
+    assert run.out == str(tmp_path / name)
+    assert run.model.init == str(tmp_path / ("start" if name == "stage1" else f"stage{int(name[-1]) - 1}/model"))
+    assert run.steps == 7000
+    assert {source.options["data"] for source in run.data.sources.values()} == {"some/data"}
+    assert ("encoder" in run.model.learn) == (name != "stage1")
+    assert run.data.seq_len <= DECODER.context
+    made = SOURCES.get("nano/mixture")(data="none", weights={"shapes": 1.0}, level=0, count=5)
+    assert isinstance(made, Mixture)
+    with pytest.raises(ConfigError, match="split"):
+        SOURCES.get("nano/mixture")(weights={"shapes": 1.0}, split="all")
+
+
+def test_a_stage_learns_and_is_given_away(tmp_path: Path, assistant: plm.Assistant) -> None:
+    from perception_lm.training.launch import train
+
+    run = stage("stage3", Path("none"), tmp_path, ("steps=2", "batch=2", "schedule.warmup=1", "data.mix.few=1.0"))
+    losses: list[float] = []
+    learner = plm.load("PLM-nano", device="cpu", dtype="float32")
+    rows = Mixture(World(), {"shapes": 1.0}, count=50)
+    done = train(
+        run,
+        assistant=learner,
+        sources={"few": rows},
+        after_step=lambda trainer, line: losses.append(line["loss"]),
+        progress=False,
+    )
+    assert done
+    assert len(losses) == 2
+    finish(tmp_path / "stage3" / "model", tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["kind" if "kind" in config else "format"]
+    assert (
+        plm.load(tmp_path / "out", device="cpu", dtype="stored").model.decoder.token_embed.weight.dtype == torch.float16
+    )
+
+
+REPORTS = ROOT / "examples" / "finetune" / "reports.py"
+
+
+def finetune(folder: Path, *options: str, timeout: int = 250) -> str:
+    pytest.importorskip("easy_vqa", reason="the walkthrough's data: pip install easy-vqa")
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(REPORTS), *options]
+    done = subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_walkthrough_is_one_page() -> None:
+    assert len(REPORTS.read_text("utf-8").splitlines()) < 60
+    told = (REPORTS.parent / "README.md").read_text("utf-8")
+    for part in ("reports.toml", "perception train", "perception export", "lora.targets", "finetuned/model"):
+        assert part in told
+
+
+@pytest.mark.slow
+def test_the_walkthrough(tmp_path: Path) -> None:
+    said = finetune(tmp_path, timeout=900)
+    before, after = (int(n) for n in re.findall(r": (\d+) of 100", said))
+    assert before < 5
+    assert after > 60
+
+
+@pytest.mark.slow
+def test_the_walkthrough_with_adapters(tmp_path: Path) -> None:
+    pytest.importorskip("peft", reason="adapters are peft's")
+    said = finetune(tmp_path, "--lora", "steps=5", timeout=900)
+    assert "after" in said
+    assert (tmp_path / "finetuned" / "adapter" / "adapter_model.safetensors").is_file()
