@@ -1,6 +1,7 @@
 """How long does it take until weights are in memory, beside open_clip's loader and beside the usual pattern?
 
     python benchmarks/load.py
+    python benchmarks/load.py --only open_clip
 
 PE-Core-B16-224, both towers, 447.7 M random parameters in float32: our file for us, open_clip's for open_clip, a `.pt`
 for the usual pattern (build the model, `torch.load`, `load_state_dict`), which the reference follows. Each run is a
@@ -72,28 +73,29 @@ def main() -> None:
         return
     chosen = options(__doc__)
     names = QUICK if chosen.quick else (MODEL, THEIRS)
-    seconds: dict[str, list[float]] = {how: [] for how in FILES}
-    peaks: dict[str, list[float]] = {how: [] for how in FILES}
+    here = [how for how in FILES if how == "ours" or chosen.wants(how)]
+    seconds: dict[str, list[float]] = {how: [] for how in here}
+    peaks: dict[str, list[float]] = {how: [] for how in here}
     with tempfile.TemporaryDirectory() as folder:
         write_files(Path(folder), names[0])
         for index in range(3 if chosen.quick else chosen.rounds + 1):
-            for how in FILES:
+            for how in here:
                 command = [sys.executable, __file__, "--one", how, folder, *names]
                 done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
                 found = json.loads(done.stdout.splitlines()[-1])
                 if index:  # the first of each fills the page cache
                     seconds[how].append(found["seconds"])
                     peaks[how].append(found["peak"])
-    gates = [
-        Gate(what="load time / usual pattern", ours="ours", peers=("usual pattern",), least=5, aim=9),
-        Gate(what="load time / open_clip", ours="ours", peers=("open_clip",), least=5, aim=9),
-    ]
-    case = describe(Rounds(seconds), gates, torch.get_num_threads())
-    case["threads"] = 0
-    case["gates"].append(at_most("load: peak memory / weights", peaks["ours"], 1.1, 1.01))
-    case["peak memory / weights"] = {how: round(sorted(values)[len(values) // 2], 3) for how, values in peaks.items()}
-    show("load", case)
-    save("load", __doc__, {"load": case}, chosen)
+    for peer in here[1:]:
+        gate = Gate(what=f"load time / {peer}", ours="ours", peers=(peer,), least=5, aim=9)
+        case = describe(Rounds({how: seconds[how] for how in ("ours", peer)}), [gate], torch.get_num_threads())
+        case["threads"] = 0
+        case["gates"].append(at_most("load: peak memory / weights", peaks["ours"], 1.1, 1.01))
+        case["peak memory / weights"] = {
+            how: round(sorted(peaks[how])[len(peaks[how]) // 2], 3) for how in ("ours", peer)
+        }
+        show(f"load, beside {peer}", case)
+        save("load", __doc__, {f"beside {peer}": case}, chosen)
 
 
 if __name__ == "__main__":
