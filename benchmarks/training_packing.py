@@ -56,7 +56,7 @@ def model(device: torch.device) -> tuple[AnswerTask, Examples]:
         decoder=DecoderConfig(
             width=256, depth=6, heads=4, kv_heads=2, mlp_width=768, vocab=words.vocab, context=SEQ_LEN, tied=True
         ),
-        media=MediaConfig(tile=64, context=SEQ_LEN),
+        media=MediaConfig(tile=64, tiling="vanilla", context=SEQ_LEN),
     )
     torch.manual_seed(0)
     whole = build(config, words.image_token).to(device).train()
