@@ -59,7 +59,13 @@ def theirs(folder: Path, model: str, ours: Any) -> tuple[str, Any, Callable[[Any
 
     export(ours, folder / "open_clip.safetensors", layout="open_clip")
     clip, _, transform = open_clip.create_model_and_transforms(
-        "PE-Core-B-16", pretrained=str(folder / "open_clip.safetensors")
+        "PE-Core-B-16",
+        pretrained=str(folder / "open_clip.safetensors"),
+        # Its own default for a local file is another mean, another filter and a crop, and nothing says so.
+        image_mean=(0.5, 0.5, 0.5),
+        image_std=(0.5, 0.5, 0.5),
+        image_interpolation="bilinear",
+        image_resize_mode="squash",
     )
     return "open_clip", clip.eval(), transform
 

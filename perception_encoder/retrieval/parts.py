@@ -411,7 +411,7 @@ class Parts:
 
     def vectors(self) -> Tensor:
         """All of them, in memory: N C"""
-        return torch.cat([part.vectors for part in self])
+        return torch.cat([part.vectors for part in self if len(part.vectors)] or [torch.empty(0, 0)])
 
     def column(self, name: str) -> list[Any]:
         """One column of all rows, None where a part does not know it."""

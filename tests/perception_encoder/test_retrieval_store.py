@@ -252,7 +252,8 @@ def test_every_kind_finds_adds_forgets_and_merges(rows: Tensor, tmp_path: Path, 
     assert report["index"]["kind"] == kind
     assert report["measured"]["recall"] >= 0.95
     assert report["met"]["target_recall"]
-    queries = clustered(20, 24, centres=60, seed=8)
+    queries = rows[::200] + 0.05 * clustered(20, 24, seed=8)  # near the data, as queries are
+    queries = torch.nn.functional.normalize(queries, dim=1)
     wanted = (queries @ rows.T).topk(10).indices.numpy()
 
     def share(opened: FaissStore) -> float:
@@ -359,7 +360,7 @@ def test_merged_on_disk_equals_filled_in_memory(rows: Tensor, tmp_path: Path, ki
     faiss.write_index(whole, str(tmp_path / "whole"))
     assert (tmp_path / "merged").read_bytes() == (tmp_path / "whole").read_bytes()
     mapped = blocks.read(tmp_path / "merged", kind, 24, 4000)
-    assert isinstance(mapped.invlists, faiss.OnDiskInvertedLists) or "OnDisk" in type(mapped.invlists).__name__
+    assert isinstance(faiss.downcast_InvertedLists(mapped.invlists), faiss.OnDiskInvertedLists)  # not read, but mapped
     _, found = blocks.search(mapped, kind, 32, data[:20], 1)
     if kind != "ivf-pq":
         assert found[:, 0].tolist() == list(range(20))
@@ -503,12 +504,14 @@ def test_f111_every_search_sees_one_whole_version(rows: Tensor, tmp_path: Path, 
                 now = opened.search(pair, 60, filter={"twin": {">=": 0}})[0]
                 twins: dict[Any, int] = {}
                 for match in now:
-                    twins[match.columns["twin"]] = twins.get(match.columns["twin"], 0) + 1
+                    twins[match.columns["meta.twin"]] = twins.get(match.columns["meta.twin"], 0) + 1
                 seen.add(len(now))
                 if any(count != 2 for count in twins.values()):
                     wrong.append(f"half a pair: {twins}")
                 everything = opened.search(pair, 10_000)[0]
-                if len(everything) % 2 or len({match.id for match in everything}) != len(everything):
+                if (kind == "flat" and len(everything) % 2) or len({match.id for match in everything}) != len(
+                    everything
+                ):
                     wrong.append(f"{len(everything)} rows")
             except Exception as error:
                 wrong.append(repr(error))
