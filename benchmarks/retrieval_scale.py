@@ -3,9 +3,9 @@
     python benchmarks/retrieval_scale.py --rows 10000000 --width 64
 
 For each size: parts are written as an embedding job writes them (vectors, ids, sidecars with sha256), an index is
-trained once, filled block by block, merged on disk and measured on rows held out, opened, and searched. Bytes and seconds of
-each step go to `results/retrieval_scale.json`, with the growth of each; `scale.md` carries them to 10^9 x 1024. Seconds
-are those of the processor: what else the machine does meanwhile does not count.
+trained once, filled block by block, merged on disk and measured on rows held out, opened, and searched. Bytes and
+seconds of each step go to `results/retrieval_scale.json`, with the growth of each; `scale.md` carries them on to
+10^9 x 1024. Seconds are those of the processor: what else the machine does meanwhile does not count.
 """
 
 import argparse
