@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
 
 @overload
-def embed(model: Any, images: Any, **settings: Any) -> Tensor: ...
-@overload
 def embed(model: Any, images: Any, *, out: str | Path, **settings: Any) -> "Parts": ...
+@overload
+def embed(model: Any, images: Any, *, out: None = None, **settings: Any) -> Tensor: ...
 def embed(model: Any, images: Any, *, out: str | Path | None = None, **settings: Any) -> Any:
     """One vector a picture, in the order given: N C float32 on the CPU; with `out`, parts on disk.
 
