@@ -59,15 +59,8 @@ def resolution() -> Iterator[Point]:
 def tiles() -> Iterator[Point]:
     """A decoded picture to tiles of 448 pixels, thumbnail among them, by the fast rule."""
     rule = PixelSpec(size=448, interpolation="bicubic").fast()
-    for size, most in (
-        ((448, 448), 1),
-        ((896, 448), 2),
-        ((900, 900), 4),
-        ((1344, 1344), 9),
-        ((1792, 1792), 16),
-        ((2240, 2240), 25),
-        ((1632, 1224), 36),
-    ):
+    for side, most in ((400, 1), (560, 2), (800, 4), (1200, 9), (1600, 16), (2000, 25), (2400, 36)):
+        size = (side, side // 2) if most == 2 else (side, side)
         picture = noise_picture(*size)
         yield len(tile_image(picture, 448, most, spec=rule)), lambda p=picture, m=most: tile_image(p, 448, m, spec=rule)
 
