@@ -83,9 +83,9 @@ class NanoConfig:
     text_steps: int = 800
     text_batch: int = 384
     text_lr: float = 3e-3
-    image_steps: int = 974
-    looks: tuple[tuple[int, int, int, int], ...] = ((0, 40, 14, 256), (714, 64, 30, 160))
-    image_decay: int = 260
+    image_steps: int = 844
+    looks: tuple[tuple[int, int, int, int], ...] = ((0, 40, 14, 256), (714, 64, 26, 160))
+    image_decay: int = 130
     place_width: int = 64
     check_every: int = 130
     part: int = 80
