@@ -120,7 +120,7 @@ class FastDecoder(FastPart):
         self.check_inference(x)
         with torch.no_grad():
             x = take(self._run(x, cache, positions, mask), last)
-            rows = x.reshape(-1, self.width)
+            rows = x.reshape(-1, self.width).contiguous()
             if self.compiled and len(rows) <= FEW:
                 eps, head = self.config.norm_eps, self.head
                 y = torch.ops.perception.decoder_head(rows, self.norm, head.weight, head.scale, head.out_features, eps)
@@ -181,7 +181,7 @@ class FastDecoder(FastPart):
 
     def _step(self, x: Tensor, cache: HeadCache) -> Tensor:
         """Few rows against our own cache: one compiled call a block."""
-        rows = x.reshape(-1, self.width).to(torch.float32, copy=True)
+        rows = x.reshape(-1, self.width).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         places = cache.places(x.shape[1])
         cos, sin = self._table(cache.capacity)
         step, c = torch.ops.perception.decoder_block, self.config
