@@ -1,12 +1,13 @@
 """A training step of packed samples against the same step padded: tokens a second, and memory at its peak.
 
-The same model, the same samples, the same number of tokens a pass; rounds alternate. Padding is to `seq_len`, as the
+The same model, the same samples in each pass; rounds alternate. Padding is to `seq_len`, as the
 reference pads. Tokens are those of samples: padding is work, and counts as nothing.
 
     python benchmarks/training_packing.py            # writes benchmarks/results/training_packing.json
 """
 
 import argparse
+import ctypes
 import gc
 import random
 import statistics
@@ -67,8 +68,7 @@ def model(device: torch.device) -> tuple[AnswerTask, Examples]:
 def passes(examples: list[Example], layout: str, token: int) -> list[Pack]:
     if layout == "packed":
         return [join([examples[i] for i in row]) for row in plan(list(map(len, examples)), TOKENS)]
-    rows = TOKENS // SEQ_LEN
-    return [pad(examples[i : i + rows], SEQ_LEN, token) for i in range(0, len(examples), rows)]
+    return [pad([examples[i] for i in row], SEQ_LEN, token) for row in plan(list(map(len, examples)), TOKENS)]
 
 
 def step(task: AnswerTask, packs: list[Pack]) -> tuple[float, float]:
@@ -95,6 +95,7 @@ class Peak:
             torch.cuda.reset_peak_memory_stats(device)
             self.before = torch.cuda.memory_allocated(device)
         else:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # what was freed goes back to the system, and counts again
             Path("/proc/self/clear_refs").write_text("5")  # forget the highest mark (proc(5))
             self.before = _status("VmRSS")
 
