@@ -153,6 +153,8 @@ def write_model(trainer: Trainer, folder: Path) -> Path:
     live: Any = trainer.task.model
     prefix = "distillation.student." if isinstance(trainer.task, SpatialTask) else "model."
     state = {name.removeprefix(prefix): tensor for name, tensor in values.items() if name.startswith(prefix)}
+    if isinstance(live, CLIP):
+        state["logit_scale"] = values["logit_scale"][0]
     save(_rebuilt(live, state), folder)
     if (classes := trainer.facts.get("classes")) is not None:
         from safetensors.torch import save_file

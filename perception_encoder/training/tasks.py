@@ -31,17 +31,22 @@ class ContrastiveTask(nn.Module):
     def __init__(self, clip: CLIP, loss: LossConfig, *, teacher: Any = None, width: int = 0, together: bool = False):
         super().__init__()
         self.model, self.loss, self.together = clip, loss, together
+        # One number as a vector: a parameter without axes cannot be spread over processes.
+        value = clip.logit_scale.detach().clone()
+        self.logit_scale = nn.Parameter(value[None])
+        del clip.logit_scale
+        clip.register_buffer("logit_scale", value, persistent=False)
         self.teacher = [teacher]  # a list: it is not part of what is saved
         image_width = clip.config.vision.output_width or clip.vision.width
         self.features = nn.Linear(image_width, width) if teacher is not None and loss.features else None
 
     def forward(self, batch: Batch) -> Loss:
-        device, count = self.model.logit_scale.device, len(batch.pixels)
+        device, count = self.logit_scale.device, len(batch.pixels)
         pixels = batch.pixels.to(device)
         image, total = self.model.vision.pooled(pixels), torch.zeros((), device=device)
         if self.loss.contrastive:
             text = self.model.text(self.model.tokenize(batch.texts).to(device))
-            scale = self.model.logit_scale.exp().clamp(max=MAX_SCALE)
+            scale = self.logit_scale[0].exp().clamp(max=MAX_SCALE)
             total = total + self.loss.contrastive * clip_loss(image, text, scale, gather=self.together)
         (teacher,) = self.teacher
         if teacher is not None and batch.teacher is not None:
