@@ -487,7 +487,7 @@ def _source(
     if kind == "video":
         sizes = {"fps": fps} if video == "frames" else {"seconds": seconds, "frames": frames}
         return as_source(given, video=video, **sizes)  # type: ignore[arg-type]
-    columns = {"image": image, "text": text, "id": id, "keep": tuple(keep or ())}
+    columns: dict[str, Any] = {"image": image, "text": text, "id": id, "keep": tuple(keep or ())}
     if kind == "parquet":
         return as_source(given, **columns, shown="text" if texts else "image")
     if texts or any(columns.values()):

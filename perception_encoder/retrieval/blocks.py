@@ -32,7 +32,7 @@ def faiss_module() -> ModuleType:
         import faiss
     except ImportError as error:
         raise missing_extra("faiss", "retrieval", str(error)) from error
-    return faiss  # type: ignore[no-any-return]
+    return faiss
 
 
 def train(choice: Choice, sample: np.ndarray, width: int) -> Any:

@@ -5,6 +5,7 @@ faiss (Douze et al. 2024, arXiv:2401.08281) has the indexes; what is here is the
 n rows  C width  L lists (nlist)  Q queries
 """
 
+import functools
 import logging
 import math
 import time
@@ -215,7 +216,7 @@ def tune(
     trials: list[Trial] = []
     for effort in efforts(choice):
         sets = {name: round(share, 4) for name, share in score(effort).items()}
-        trials.append(Trial(effort, min(sets.values()), time_of(lambda effort=effort: one(effort)), sets))
+        trials.append(Trial(effort, min(sets.values()), time_of(functools.partial(one, effort)), sets))
         if trials[-1].recall >= target_recall or (max_latency is not None and trials[-1].seconds > max_latency):
             break
     allowed = [t for t in trials if max_latency is None or t.seconds <= max_latency] or trials[:1]

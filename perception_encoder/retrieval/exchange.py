@@ -133,7 +133,7 @@ def _open(path: Path) -> np.ndarray:
         raise CheckpointError(f"{path} cannot be read as an array of numbers: {why}") from error
     if array.ndim != 2 or array.dtype.kind != "f":
         raise CheckpointError(f"{path} holds {array.dtype} {array.shape}; expected floats, rows by width")
-    return array  # type: ignore[no-any-return]
+    return array
 
 
 def _check_rows(pair: Pair, shape: tuple[int, ...]) -> None:

@@ -253,7 +253,7 @@ class FaissStore:
         """What `optimize` measured, None when it never ran."""
         path = self.folder / REPORT
         try:
-            return json.loads(path.read_text("utf-8")) if path.is_file() else None  # type: ignore[no-any-return]
+            return json.loads(path.read_text("utf-8")) if path.is_file() else None
         except ValueError as error:
             raise IndexError_(f"{path} cannot be read: {error}") from error
 

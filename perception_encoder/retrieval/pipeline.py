@@ -264,7 +264,7 @@ class _Job:
             return error
 
     def _batch(self, number: int, waiting: list[tuple[int, Item, Any]], *, last: bool) -> _Batch:
-        failed = {position: result for position, _, result in waiting if isinstance(result, Exception)}
+        failed = {position: result for position, _, result in waiting if isinstance(result, MediaError | LimitError)}
         for position, item, _ in waiting:
             if position in failed:
                 self._report(number, item, failed[position])

@@ -90,7 +90,7 @@ def as_source(given: Any, *, video: "VideoMode" = "frames", **options: Any) -> S
     Raises ConfigError when nothing is there, or several kinds are mixed.
     """
     if hasattr(given, "chunks") and hasattr(given, "items") and hasattr(given, "settings"):
-        return given  # type: ignore[no-any-return]
+        return given
     listed = [given] if isinstance(given, str | Path) else list(given)
     if bad := [one for one in listed if not isinstance(one, str | Path)]:
         raise ConfigError(f"parts are made of files, so that they can be made again; given {describe(bad[0])}")
@@ -163,7 +163,7 @@ def open_source(settings: Mapping[str, Any]) -> Source:
     options = {key: tuple(v) if isinstance(v, list) else v for key, v in settings.items() if key != "type"}
     if settings.get("type") not in kinds:
         raise ConfigError(f"no source of type {settings.get('type')!r}; there are: {', '.join(kinds)}")
-    return _make(kinds[settings["type"]], (), options)  # type: ignore[no-any-return]
+    return _make(kinds[settings["type"]], (), options)
 
 
 def folders(files: Iterable[str]) -> list[str]:
@@ -356,7 +356,7 @@ def _members(file: str, start: int, stop: int | None) -> Iterator[tuple[tarfile.
                 if begin > size:
                     raise tarfile.ReadError("unexpected end of data")
                 walk.fileobj_end = begin
-                tar.members = []  # it would keep every header it met
+                tar.members = []  # type: ignore[attr-defined]  # it would keep every header it met
                 if member.isreg():
                     yield member, walk
 
@@ -448,7 +448,7 @@ class ParquetRows:
             missing = MediaError(f"row {row} of {describe(file)} has no text")
             data: Any = caption if caption and caption.strip() else missing
         else:
-            data = _picture(record[names["image"]], file, row)
+            data = _picture(record[str(names["image"])], file, row)
         source = data if isinstance(data, str) and self.shown == "image" else file
         inside = "" if source is not file else str(row)
         return Item(name, source, data, inside, caption, metadata={key: record[key] for key in self.keep})

@@ -126,4 +126,4 @@ def nearest_rows(queries: Tensor, vectors: Tensor, k: int, mask: Tensor | None =
     scores = queries @ vectors.to(queries.dtype).T  # Q N
     if mask is not None:
         scores.masked_fill_(~mask, -torch.inf)
-    return tuple(scores.topk(min(k, len(vectors)), dim=1))  # type: ignore[return-value]
+    return tuple(scores.topk(min(k, len(vectors)), dim=1))
