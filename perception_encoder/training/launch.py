@@ -160,9 +160,7 @@ def write_model(trainer: Trainer, folder: Path) -> Path:
         from safetensors.torch import save_file
 
         with atomic_write(folder / "head.safetensors") as temporary:
-            head = {
-                name.removeprefix("head."): t.contiguous() for name, t in values.items() if name.startswith("head.")
-            }
+            head = {name: t.contiguous() for name, t in values.items() if name.startswith("head.")}
             save_file(head, temporary)
         with atomic_write(folder / "head.json") as temporary:
             temporary.write_text(json.dumps(classes, ensure_ascii=False), encoding="utf-8")

@@ -83,11 +83,11 @@ class NanoConfig:
     text_steps: int = 800
     text_batch: int = 384
     text_lr: float = 3e-3
-    image_steps: int = 844
-    looks: tuple[tuple[int, int, int, int], ...] = ((0, 40, 14, 256), (714, 64, 26, 160))
-    image_decay: int = 130
+    image_steps: int = 4000
+    looks: tuple[tuple[int, int, int, int], ...] = ((0, 40, 14, 256), (3000, 64, 30, 160))
+    image_decay: int = 1000
     place_width: int = 64
-    check_every: int = 130
+    check_every: int = 200
     part: int = 80
     image_lr: float = 2e-3
     seed: int = 0
