@@ -9,11 +9,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from training_tiny import Colours, tiny_assistant, tiny_run  # noqa: E402
+from training_tiny import Colours, tiny_assistant, tiny_run
 
-from perception.settings import read_settings  # noqa: E402
-from perception.training.distributed import EngineConfig  # noqa: E402
-from perception_lm.training.launch import train  # noqa: E402
+from perception.settings import read_settings
+from perception.training.distributed import EngineConfig
+from perception.training.state import KeepConfig
+from perception_lm.training.launch import train
 
 
 def main(out: str, settings: str) -> None:
@@ -21,15 +22,17 @@ def main(out: str, settings: str) -> None:
     given = json.loads(settings)
     die_at = given.pop("die_at", None)
     engine = read_settings(EngineConfig, given.pop("engine", {}), "engine")
+    given["keep"] = read_settings(KeepConfig, given.get("keep", {}), "keep")
 
     def after_step(trainer: object, line: dict[str, float]) -> None:
-        print("step", line["step"], flush=True)
+        sys.stdout.write(f"step {line['step']}\n")
+        sys.stdout.flush()
         if line["step"] == die_at and os.environ.get("RANK") == "1":
             os._exit(3)
 
     run = tiny_run(Path(out), engine=engine, **given)
     done = train(run, assistant=tiny_assistant(), sources={"colours": Colours()}, after_step=after_step)
-    print("done" if done else "stopped", flush=True)
+    sys.stdout.write("done\n" if done else "stopped\n")
 
 
 if __name__ == "__main__":
