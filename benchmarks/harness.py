@@ -99,9 +99,11 @@ def race(
     work: Mapping[str, float] | None = None,
     rounds: int = ROUNDS,
     least: float = LEAST,
+    seconds: float = float("inf"),
     clock: Clock = time.perf_counter,
 ) -> Rounds:
-    """Run all in turn. `work` is what one call of a contender does, in the limit's unit of work."""
+    """Run all in turn. `work` is what one call of a contender does, in the limit's unit of work. No round begins after
+    `seconds`."""
     calls = dict(contenders) | ({} if limit is None else {"limit": limit.run})
     for run in calls.values():
         start = clock()
@@ -109,8 +111,10 @@ def race(
         if clock() - start < 2 * least:  # a call of many samples' length has warmed what there is to warm
             run()
     found = Rounds({name: [] for name in calls}, dict(work or {}), limit)
-    order = list(calls)
+    order, start = list(calls), clock()
     for index in range(rounds):
+        if index and clock() - start >= seconds:
+            break
         turned = order[index % len(order) :] + order[: index % len(order)]
         for name in turned:
             found.seconds[name].append(sample(calls[name], least, clock))
@@ -141,12 +145,18 @@ def quantile(values: Sequence[float], at: float) -> float:
     return ordered[low] + (ordered[high] - ordered[low]) * (place - low)
 
 
-def judge(gate: Gate, rounds: Rounds, flags: Iterable[str]) -> dict[str, Any]:
-    """The ratio, its spread and a verdict: met, missed, inconclusive, not judged here, or not run."""
+def judge(
+    gate: Gate, rounds: Rounds, flags: Iterable[str], left_out: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """The ratio, its spread and a verdict: met, missed, inconclusive, not judged here, or not run.
+
+    `left_out` says why a contender did not run.
+    """
     row: dict[str, Any] = {"what": gate.what, "gate": gate.least, "aim": gate.aim}
     peer = rounds.fastest(gate.peers)
     if gate.ours not in rounds.seconds or (gate.peers and peer is None):
-        return {**row, "verdict": "not run", "why": "a side of it did not run here"}
+        why = [f"{name}: {left_out[name]}" for name in (gate.ours, *gate.peers) if name in (left_out or {})]
+        return {**row, "verdict": "not run", "why": "; ".join(why) or "a side of it did not run here"}
     values = rounds.ratios(gate.ours, peer) if peer else rounds.shares(gate.ours)
     row |= {"peer": peer or "limit", "rounds": len(next(iter(rounds.seconds.values()))), "good rounds": len(values)}
     if not values:
@@ -209,7 +219,9 @@ def conditions(threads: int) -> dict[str, Any]:
     }
 
 
-def describe(rounds: Rounds, gates: Sequence[Gate], threads: int, **more: Any) -> dict[str, Any]:
+def describe(
+    rounds: Rounds, gates: Sequence[Gate], threads: int, *, left_out: Mapping[str, str] | None = None, **more: Any
+) -> dict[str, Any]:
     """One case, ready to be written down."""
     flags = processor()["flags"]
     contenders: dict[str, Any] = {}
@@ -222,7 +234,8 @@ def describe(rounds: Rounds, gates: Sequence[Gate], threads: int, **more: Any) -
     if rounds.limit is not None:
         rates = [1e-9 * rounds.limit.work / seconds for seconds in rounds.seconds["limit"]]
         case["limit"] = {"unit": rounds.limit.unit, **spread(rates)}
-    return case | more | {"gates": [judge(gate, rounds, flags) for gate in gates]}
+    case |= more | ({"left out": dict(left_out)} if left_out else {})
+    return case | {"gates": [judge(gate, rounds, flags, left_out) for gate in gates]}
 
 
 def show(name: str, case: Mapping[str, Any]) -> None:
@@ -232,6 +245,8 @@ def show(name: str, case: Mapping[str, Any]) -> None:
     for contender, found in case.get("contenders", {}).items():
         share = f"   {found['share of limit']['median']:.2f}" if "share of limit" in found else ""
         print(f"  {contender:44} {found['ms']['median']:10.2f} ms{share}")
+    for contender, why in case.get("left out", {}).items():
+        print(f"  {contender:44} {why}")
     for row in case.get("gates", []):
         print(f"  {in_words(row)}")
     sys.stdout.flush()
@@ -251,6 +266,7 @@ class Options:
     threads: list[int]
     rounds: int
     least: float
+    seconds: float  # after which no round of a case begins
     only: str
     save: bool
 
@@ -265,13 +281,14 @@ def options(text: str | None, arguments: Sequence[str] | None = None) -> Options
     )
     parser.add_argument("--threads", type=int, nargs="+", help="one after the other; by default 1, then 2")
     parser.add_argument("--rounds", type=int, default=ROUNDS)
+    parser.add_argument("--seconds", type=float, default=600.0, help="after which no further round of a case begins")
     parser.add_argument("--only", default="", help="cases whose name contains this")
     parser.add_argument("--no-save", action="store_true", help="print, and write nothing")
     given = parser.parse_args(arguments)
     cores = os.cpu_count() or 1
     threads = given.threads or ([min(2, cores)] if given.quick else sorted({1, min(2, cores)}))
-    rounds, least = (GOOD, 0.05) if given.quick else (given.rounds, LEAST)
-    return Options(given.quick, threads, rounds, least, given.only, not (given.quick or given.no_save))
+    rounds, least, seconds = (GOOD, 0.05, 5.0) if given.quick else (given.rounds, LEAST, given.seconds)
+    return Options(given.quick, threads, rounds, least, seconds, given.only, not (given.quick or given.no_save))
 
 
 def save(name: str, method: str | None, cases: Mapping[str, Mapping[str, Any]], chosen: Options) -> None:

@@ -73,7 +73,13 @@ def main() -> None:
             continue
         torch.set_num_threads(threads)
         calls = {how: lambda loss=loss: loss(hidden, labels, head).backward() for how, loss in LOSSES.items()}
-        found = race(calls, gemm(torch.float32, 512, WIDTH, 4 * WIDTH), rounds=chosen.rounds, least=chosen.least)
+        found = race(
+            calls,
+            gemm(torch.float32, 512, WIDTH, 4 * WIDTH),
+            rounds=chosen.rounds,
+            least=chosen.least,
+            seconds=chosen.seconds,
+        )
         gate = Gate(what="loss step / all positions", ours="ours", peers=("all positions",), least=2, aim=2.65)
         cases[case] = describe(found, [gate], threads, **{"extra MB": memory, "positions": positions})
         if threads == chosen.threads[-1]:

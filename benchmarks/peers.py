@@ -133,6 +133,15 @@ def gemm(dtype: torch.dtype, m: int, k: int, n: int, quantize: str | None = None
     return Limit(min(forms, key=lambda form: seconds(form, budget=0.3)), 2.0 * m * k * n)
 
 
+def forecast(work: float, dtype: torch.dtype) -> float:
+    """About how many seconds a model of plain layers takes for so many FLOPs: what a small product says."""
+    from perception.kernels.probe import seconds
+
+    m, k, n = 256, 1024, 1024
+    x, weight = torch.randn(m, k).to(dtype), torch.randn(n, k).to(dtype)
+    return work / (2.0 * m * k * n) * seconds(lambda: nn.functional.linear(x, weight), budget=0.3)
+
+
 def read_sweep(size: int = 512 << 20) -> Limit:
     """Reading memory: far more than any cache holds."""
     block = torch.ones(size // 8, dtype=torch.int64)
