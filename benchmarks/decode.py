@@ -159,7 +159,7 @@ def answers(chosen: Options, threads: int, rows: int) -> dict:
 def work_of_a_picture(config: PlmConfig, model: PerceptionLM, length: int) -> float:
     """FLOPs of the layers up to the first token, attention's own products left aside."""
     layers = sum(parameters(block) for block in model.decoder.blocks)
-    return 2.0 * (parameters(model.vision) * config.vision.grid**2 + layers * length)
+    return 2.0 * (parameters(model.encoder) * config.vision.grid**2 + layers * length)
 
 
 def picture_prompt(config: PlmConfig, seed: int) -> Tensor:

@@ -6,11 +6,11 @@ write the published files, so every contender computes the same function.
 
 from collections.abc import Mapping
 from contextlib import contextmanager
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from harness import Limit
+from shim import shim
 from torch import Tensor, nn
 
 from perception.checkpoint import convert
@@ -19,23 +19,6 @@ from perception_encoder.clip import CLIP
 from perception_encoder.vision import VisionTransformer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
-
-def shim() -> None:
-    """Let timm, open_clip and transformers be imported where torch is a CPU build and torchvision a CUDA build.
-
-    torchvision then cannot load its operators; two are looked up at import and called by nothing that runs here.
-    """
-    try:
-        torchvision = version("torchvision")
-    except PackageNotFoundError:
-        return
-    if "+cpu" in torch.__version__ and "+cpu" not in torchvision:
-        for name in ("nms", "qnms"):
-            try:
-                torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float t) -> Tensor")
-            except RuntimeError:  # declared already
-                return
 
 
 # --- models ---------------------------------------------------------------------------------------------------------

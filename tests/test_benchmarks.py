@@ -139,6 +139,22 @@ def test_who_did_not_run_is_said() -> None:
     assert judge(GATE, Rounds({"ours": [1.0] * 9, "limit": [1.0] * 9}), [])["verdict"] == "not run"
 
 
+def test_why_a_peer_did_not_run_is_said() -> None:
+    found = Rounds({"ours": [1.0] * 9, "limit": [1.0] * 9}, {}, Limit(lambda: None, 1.0))
+    row = judge(GATE, found, [], {"theirs": "one call takes about 60 s here", "unasked": "no"})
+    assert (row["verdict"], row["why"]) == ("not run", "theirs: one call takes about 60 s here")
+    case = harness.describe(found, [GATE], 1, left_out={"theirs": "one call takes about 60 s here"})
+    assert case["left out"] == {"theirs": "one call takes about 60 s here"}
+    assert case["gates"][0]["why"] == row["why"]
+
+
+def test_no_round_begins_after_the_time_is_used() -> None:
+    clock = Clock()
+    found = race({"slow": clock.work("slow", 10.0)}, rounds=9, seconds=25.0, clock=clock)
+    assert found.seconds["slow"] == [10.0] * 3
+    assert len(race({"slow": clock.work("slow", 10.0)}, rounds=9, seconds=0.0, clock=clock).seconds["slow"]) == 1
+
+
 def test_the_share_of_the_limit() -> None:
     gate = Gate(what="share", ours="ours", least=0.55, aim=0.9)
     row = judge(gate, steady(1.0, 1.0), [])
