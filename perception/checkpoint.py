@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from perception.device import shapes_only
 from perception.errors import CheckpointError, ConfigError
 from perception.files import TEMPORARY, atomic_write, sweep_temporaries, sync_folder
 
@@ -618,7 +619,7 @@ def load_into(
     Peak memory is 1x the weights in `dtype`: tensors are assigned one by one, cast one by one, and the mapped pages of
     what was copied are handed back. Raises CheckpointError before the first tensor is read when names or shapes differ.
     """
-    with torch.device("meta"):
+    with shapes_only():
         model = build()
     slots = _slots(model)
     if not isinstance(state, Mapping):

@@ -1,6 +1,11 @@
-"""`device="auto"` and `dtype="auto"`, resolved when somebody asks and never at import."""
+"""`device="auto"` and `dtype="auto"`, resolved when somebody asks and never at import; models without memory."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from perception.errors import ConfigError
 
@@ -60,3 +65,23 @@ def pick_dtype(
     if picked not in DTYPES.values():
         raise ConfigError(f"dtype {dtype!r} is not one a model runs in; choose from auto, {', '.join(DTYPES)}")
     return picked
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """Models built inside are on the meta device: parameters have shapes and no memory, and are not initialised."""
+    with torch.device("meta"), _Uninitialised():
+        yield
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves alone what `torch.nn.init` would fill. Filling a meta tensor at random does nothing but import torch's
+    compiler, which takes longer than loading a small model."""
+
+    def __torch_function__(
+        self, func: Callable, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ in ("normal_", "uniform_", "trunc_normal_", "erfinv_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from perception.checkpoint import CONFIG, Checkpoint, load_into, open_checkpoint, read_config, read_folder
-from perception.device import pick_device, pick_dtype
+from perception.device import pick_device, pick_dtype, shapes_only
 from perception.errors import ConfigError
 from perception.hub import locate
 from perception.pixels import PixelSpec
@@ -228,7 +228,7 @@ def _hub_ids() -> dict[str, tuple[str, Weights]]:
 
 
 def _count(saved: FolderConfig) -> int:
-    with torch.device("meta"):
+    with shapes_only():
         return sum(parameter.numel() for parameter in _builder(saved)().parameters())
 
 

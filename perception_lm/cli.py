@@ -341,8 +341,7 @@ def _facts(ckpt: str) -> tuple[Any, Any]:
 
 
 def _processor(config: Any, tokenizer: Any) -> Any:
-    import torch
-
+    from perception.device import shapes_only
     from perception_lm.processor import Processor
     from perception_lm.projector import build_projector
     from perception_lm.tokenizer import SPECIAL
@@ -352,7 +351,7 @@ def _processor(config: Any, tokenizer: Any) -> Any:
         special=dict.fromkeys(SPECIAL, 0), image_token=0, pad=0, encode=lambda text: [0] * -(-len(text) // 4)
     )
     grid = config.media.tile // config.vision.patch_size
-    with torch.device("meta"):
+    with shapes_only():
         slots = build_projector(config.projector).tokens(grid, grid)
     return Processor(tokenizer or rough, config.media, slots)
 

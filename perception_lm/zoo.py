@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from perception.checkpoint import CONFIG, load_into, read_config
-from perception.device import pick_device, pick_dtype
+from perception.device import pick_device, pick_dtype, shapes_only
 from perception.errors import CheckpointError, ConfigError
 from perception.hub import locate
 from perception.pixels import PixelSpec
@@ -143,7 +143,7 @@ def download(name: str, *, revision: str | None = None, offline: bool | None = N
 
 def count_parameters(config: PlmConfig) -> dict[str, int]:
     """Of each part and of all; a tied matrix counts once. Nothing is allocated."""
-    with torch.device("meta"):
+    with shapes_only():
         model = builder(config, 0)
     parts = {name: getattr(model, part) for name, part in _PARTS.items()}
     counts = {name: sum(p.numel() for p in part.parameters()) for name, part in parts.items()}

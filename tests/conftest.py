@@ -1,5 +1,6 @@
 """What every test may lean on."""
 
+import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -20,6 +21,10 @@ def _version(package: str) -> str:
 if "+cpu" in torch.__version__ and "+cpu" not in _version("torchvision"):
     for _name in ("nms", "qnms"):
         torch.library.define(f"torchvision::{_name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+
+# Without a GPU, Triton's kernels run through its interpreter; it is chosen when Triton is first imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 torch.set_num_threads(2)
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from perception.device import shapes_only
 from perception.errors import CheckpointError, ConfigError
 from perception.pixels import PixelSpec
 from perception.settings import read_settings
@@ -78,7 +79,7 @@ def open_model(facts: dict[str, Any], where: Path) -> tuple[Assistant, nn.Module
         pixels = PixelSpec.from_dict(described["pixels"])
         tokenizer = LlamaTokenizer.from_bytes(described["tokenizer"].encode("utf-8", errors="surrogateescape"))
         tokenizer.filename = described["tokenizer_file"]
-        with torch.device("meta"):
+        with shapes_only():
             model = builder(config, described["media_token"], pixels)
         assistant = assemble(model.to_empty(device="cpu"), tokenizer, config.media, pixels)
     else:
