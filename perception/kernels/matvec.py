@@ -28,7 +28,7 @@ GROUP = 32  # inputs of x that share a scale; the least that share one in int4
 GROUPS = (64, 32)  # inputs that share scale and offset in int4: the first that divides K
 FEW = 48  # rows beyond which weights in rows are better turned into a block for an ordinary product
 BLOCK = 1 << 21  # weights of such a block
-LOSS = 1.2  # a compiled product may be so much slower than torch's: it saves calls besides
+LOSS = 2.0  # a compiled product may be so much slower than torch's on one layer: in a block it saves many calls
 
 
 class Streamed:
