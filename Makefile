@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 RECIPE := pyproject.toml .ci/constraints.txt
 
-.PHONY: demo test test-slow lint types check wheel bench nano clean
+.PHONY: demo test test-slow lint types check wheel bench bench-quick bench-gpu nano clean
 
 demo: $(VENV)/.demo ## classify, embed, search and show bundled pictures, offline
 	$(BIN)/perception demo
@@ -28,10 +28,18 @@ check: lint types test wheel ## what CI runs
 wheel: $(VENV)/.test ## build the wheel, install it in a clean environment, use it there
 	$(BIN)/python .ci/check_wheel.py
 
-bench: $(VENV)/.test ## every benchmark; results go to benchmarks/results/
-	$(BIN)/python benchmarks/import_time.py
+bench: $(VENV)/.test ## every benchmark, an hour or more; results go to benchmarks/results/ and into the README
+	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/load_memory.py
 	$(BIN)/python benchmarks/quantize_lm.py
+
+bench-quick: $(VENV)/.test ## a first look at each, in two minutes; nothing is kept
+	$(BIN)/python benchmarks/run.py --quick
+
+bench-gpu: $(VENV)/.test ## towers, attention and decoding on a GPU; skips without one
+	$(BIN)/python benchmarks/gpu_encoder.py
+	$(BIN)/python benchmarks/gpu_attention.py
+	$(BIN)/python benchmarks/gpu_decode.py
 
 nano: $(VENV)/.nano ## train PE-Core-nano again from registry packages, and measure it (an hour on two idle cores)
 	$(BIN)/python -m perception_encoder.training.drawings --out runs/data
