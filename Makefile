@@ -32,6 +32,7 @@ bench: $(VENV)/.test ## every benchmark, an hour or more; results go to benchmar
 	$(BIN)/python benchmarks/run.py
 	$(BIN)/python benchmarks/load_memory.py
 	$(BIN)/python benchmarks/quantize_lm.py
+	$(BIN)/python benchmarks/training_packing.py
 
 bench-quick: $(VENV)/.test ## a first look at each, in two minutes; nothing is kept
 	$(BIN)/python benchmarks/run.py --quick
