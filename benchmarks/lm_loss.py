@@ -1,6 +1,7 @@
 """What does the language model's loss cost when only answers are learned, beside the logits of every position?
 
-    python benchmarks/lm_loss.py --threads 2
+    python benchmarks/lm_loss.py --only time --threads 2
+    python benchmarks/lm_loss.py --only memory
 
 Hidden states of 512 positions, 35 % of them answers, a head of 128256 x 2048 with random weights; forward and backward
 to hidden states and head. "all positions" is the usual way: logits of everything, then cross-entropy that ignores the
@@ -14,7 +15,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from harness import Gate, at_most, describe, options, race, save, show
+from harness import Gate, Options, at_most, conditions, describe, options, race, save, show
 from load_memory import peak, resident
 from peers import gemm
 from torch import Tensor
@@ -59,33 +60,40 @@ def main() -> None:
         return
     chosen, cases = options(__doc__), {}
     positions, vocab = (64, 16_000) if chosen.quick else (512, VOCAB)
+    for threads in chosen.threads:
+        case = f"time, {threads} threads"
+        if chosen.wants(case):
+            cases[case] = times(positions, vocab, threads, chosen)
+            show(case, cases[case])
+            save("lm_loss", __doc__, cases, chosen)
+    if chosen.wants("memory") and not chosen.quick:
+        cases["memory"] = memory(positions, vocab)
+        show("memory", cases["memory"])
+        save("lm_loss", __doc__, cases, chosen)
+
+
+def times(positions: int, vocab: int, threads: int, chosen: Options) -> dict:
+    torch.set_num_threads(threads)
     hidden, labels, head = inputs(positions, vocab)
     one, other = (loss(hidden, labels, head) for loss in LOSSES.values())
     torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
-    memory = {}
+    del one, other
+    calls = {how: lambda loss=loss: loss(hidden, labels, head).backward() for how, loss in LOSSES.items()}
+    limit = gemm(torch.float32, 512, WIDTH, 4 * WIDTH)
+    found = race(calls, limit, rounds=chosen.rounds, least=chosen.least, seconds=chosen.seconds)
+    gate = Gate(what="loss step / all positions", ours="ours", peers=("all positions",), least=2, aim=2.65)
+    return describe(found, [gate], threads, positions=positions)
+
+
+def memory(positions: int, vocab: int) -> dict:
+    """Three processes a way: what one step needs beside weights, inputs and gradients."""
+    found: dict[str, list[float]] = {}
     for how in LOSSES:
         command = [sys.executable, __file__, "--one", how, str(positions), str(vocab)]
-        memory[how] = [json.loads(subprocess.check_output(command, text=True)) for _ in range(3)]
-    ratios = [ours / theirs for ours, theirs in zip(*memory.values(), strict=True)]
-    for threads in chosen.threads:
-        case = f"loss, {threads} threads"
-        if not chosen.wants(case):
-            continue
-        torch.set_num_threads(threads)
-        calls = {how: lambda loss=loss: loss(hidden, labels, head).backward() for how, loss in LOSSES.items()}
-        found = race(
-            calls,
-            gemm(torch.float32, 512, WIDTH, 4 * WIDTH),
-            rounds=chosen.rounds,
-            least=chosen.least,
-            seconds=chosen.seconds,
-        )
-        gate = Gate(what="loss step / all positions", ours="ours", peers=("all positions",), least=2, aim=2.65)
-        cases[case] = describe(found, [gate], threads, **{"extra MB": memory, "positions": positions})
-        if threads == chosen.threads[-1]:
-            cases[case]["gates"].append(at_most("loss step: extra memory / all positions", ratios, 0.5, 0.4))
-        show(case, cases[case])
-    save("lm_loss", __doc__, cases, chosen)
+        found[how] = [json.loads(subprocess.check_output(command, text=True)) for _ in range(3)]
+    ratios = [ours / theirs for ours, theirs in zip(*found.values(), strict=True)]
+    what = "loss step: extra memory / all positions"
+    return {**conditions(0), "extra MB": found, "positions": positions, "gates": [at_most(what, ratios, 0.5, 0.4)]}
 
 
 if __name__ == "__main__":
