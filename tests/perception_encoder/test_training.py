@@ -267,7 +267,10 @@ def test_processes_share_the_parts_of_a_batch(tmp_path: Path) -> None:
     for key, value in weights(alone).items():
         assert torch.equal(both[0][key], both[1][key]), key
         torch.testing.assert_close(both[0][key], value, atol=1e-5, rtol=1e-4)
-    logs = [[json.loads(line)["fit"] for line in (tmp_path / f / "log.jsonl").open()] for f in ("one", "two")]
+    logs = [
+        [json.loads(line)["fit"] for line in (tmp_path / folder / "log.jsonl").read_text().splitlines()]
+        for folder in ("one", "two")
+    ]
     assert logs[0] == pytest.approx(logs[1], abs=2e-4)
 
 
