@@ -112,20 +112,18 @@ def answers(chosen: Options, threads: int, rows: int) -> dict:
     wanted, found = first_logits(plain, theirs, tokens[:1])
     differences = agree(found, {"ours, plain fp32": wanted}, relative=1e-4)
     assert torch.equal(answer(plain, batch, 4), theirs_answer(theirs, tokens, lengths, 4)), "greedy tokens differ"
-    half, theirs_half = copy.deepcopy(plain).bfloat16(), transformers_model(config, plain).bfloat16()
+    half = copy.deepcopy(plain).bfloat16()
     twins = {
         "fp32": (plain, None, 32),
         "bf16": (half, None, 16),
         "int8": (half, "int8", 8.1),
         "int4": (half, "int4", 4.5),
     }
-    calls: dict[str, Call] = {
-        "transformers fp32": lambda: theirs_answer(theirs, tokens, lengths, new),
-        "transformers bf16": lambda: theirs_answer(theirs_half, tokens, lengths, new),
-    }
+    calls: dict[str, Call] = {"transformers fp32": lambda: theirs_answer(theirs, tokens, lengths, new)}
     skipped = ("bf16", "int4") if chosen.quick else ("int4",) if rows > 1 else ()
-    if chosen.quick:
-        calls.pop("transformers bf16")
+    if not chosen.quick:
+        theirs_half = transformers_model(config, plain).bfloat16()
+        calls["transformers bf16"] = lambda: theirs_answer(theirs_half, tokens, lengths, new)
     work, bounds = {}, {"fp32": 0.99999, "bf16": 0.999, "int8": 0.99, "int4": 0.8}
     for name, (model, quantize, bits) in twins.items():
         if name in skipped:

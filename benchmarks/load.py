@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -57,14 +58,16 @@ def one_run(how: str, folder: str, ours: str, theirs: str) -> dict[str, float]:
     return {"seconds": seconds, "peak": (peak() - before) / sum(p.nbytes for p in model.parameters())}
 
 
-def write_files(folder: Path, ours: str) -> None:
+def write_files(folder: Path, ours: str, wanted: Sequence[str]) -> None:
     from perception.checkpoint import write_safetensors
     from perception_encoder.checkpoints import export
 
     model = clip(ours)
     write_safetensors(folder / FILES["ours"], model.state_dict())
-    export(model, folder / FILES["open_clip"], "open_clip")
-    torch.save(model.state_dict(), folder / FILES["usual pattern"])
+    if "open_clip" in wanted:
+        export(model, folder / FILES["open_clip"], "open_clip")
+    if "usual pattern" in wanted:
+        torch.save(model.state_dict(), folder / FILES["usual pattern"])
 
 
 def main() -> None:
@@ -77,8 +80,11 @@ def main() -> None:
     seconds: dict[str, list[float]] = {how: [] for how in here}
     peaks: dict[str, list[float]] = {how: [] for how in here}
     with tempfile.TemporaryDirectory() as folder:
-        write_files(Path(folder), names[0])
+        write_files(Path(folder), names[0], here)
+        begin = time.perf_counter()
         for index in range(3 if chosen.quick else chosen.rounds + 1):
+            if index > 1 and time.perf_counter() - begin >= chosen.seconds:
+                break
             for how in here:
                 command = [sys.executable, __file__, "--one", how, folder, *names]
                 done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=True)
