@@ -79,7 +79,7 @@ class FastVision(FastPart):
         self.preprocess, self.source, self.fingerprint = tower.preprocess, tower.source, ""
         self.pos_embed = frozen(tower.pos_embed)
         self.class_token = None if tower.class_token is None else frozen(tower.class_token)
-        make = Maker(plan, self.pos_embed, config.head_dim)
+        make = Maker(plan, self.pos_embed, config.head_dim, rows=config.grid**2 + int(config.class_token))
         self.compute = make.compute
         with torch.no_grad():
             self.patch_embed = make.linear(tower.patch_embed.weight.flatten(1), None, exact=True)
@@ -292,7 +292,8 @@ class FastMlp:
         self.fc1, self.fc2, self.ops = fc1, fc2, ops
 
     def __call__(self, normed: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
-        hidden = self.fc1.gelu(normed) if self.fc1.gelu_inside else self.ops.gelu(*self.fc1.unfinished(normed))
+        fc1 = self.fc1.at(normed)
+        hidden = fc1.gelu(normed) if fc1.gelu_inside else self.ops.gelu(*fc1.unfinished(normed))
         return self.fc2.accumulate(hidden, x)
 
 
@@ -385,9 +386,11 @@ class Maker:
     """Packs the parts of one tower.
 
     compute  the dtype it computes in: float32 for half-precision weights where the processor has nothing faster
+    rows     of one input, which the products are chosen for
     """
 
-    def __init__(self, plan: Plan, like: Tensor, head_dim: int):
+    def __init__(self, plan: Plan, like: Tensor, head_dim: int, rows: int = 256):
+        self.rows = rows
         self.quantize: Literal["int8"] | None = "int8" if plan.quantize else None
         self.keep = plan.keep
         self.compute = like.dtype
@@ -396,11 +399,18 @@ class Maker:
         self.ops = operators(self.compute, like.device, head_dim, build=plan.build)
 
     def linear(
-        self, weight: Tensor, bias: Tensor | None, gain: Tensor | None = None, *, rows: int = 256, exact: bool = False
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        gain: Tensor | None = None,
+        *,
+        rows: int | None = None,
+        exact: bool = False,
     ) -> PackedLinear:
         weight, bias = fold(weight, bias, gain=gain)
         quantize = None if exact else self.quantize
-        return pack(weight.to(self.compute), bias, dtype=self.compute, quantize=quantize, rows=rows)
+        rows, most = (rows, 0) if rows else (self.rows, ROWS if self.keep else 0)  # one layout where memory is short
+        return pack(weight.to(self.compute), bias, dtype=self.compute, quantize=quantize, rows=rows, most=most)
 
     def norm(self, norm: nn.Module) -> Any:
         if not isinstance(norm, nn.LayerNorm):

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ log = logging.getLogger(__name__)
 
 SOURCES = Path(__file__).parent / "cpu"
 FLAGS = ["-O3", "-march=native", "-fopenmp", "-std=c++20", "-ffp-contract=fast"]
-STALE = 600.0  # seconds after which a build that holds the lock is taken for dead
+STALE = 3600.0  # seconds after which what a build left behind is taken for rubbish
 
 
 def kernels(build: bool = True) -> Any | None:
@@ -27,7 +28,9 @@ def kernels(build: bool = True) -> Any | None:
            when they are there
 
     The library lies in torch's extension cache under a name that carries a hash of the sources, the flags, torch's
-    version and the processor's instructions, so an old one is never loaded. A failure is logged once and remembered.
+    version and the processor's instructions, so an old one is never loaded. Each build has a directory of its own, and
+    what it made is moved to its place whole: no build waits for another one, dead or alive. A failure, also that of a
+    cache which cannot be written or read, is logged once and remembered.
     """
     if (loaded := _load()) is not None or not build:
         return loaded
@@ -46,7 +49,8 @@ def library() -> Path:
     for path in sorted(SOURCES.glob("*")):
         digest.update(path.name.encode() + path.read_bytes())
     name = f"perception_cpu_{digest.hexdigest()[:16]}"
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache" / "torch_extensions"
+    home = os.path.expanduser("~")  # noqa: PTH111 -- Path.home() raises where nobody has a home
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path(home) / ".cache" / "torch_extensions"
     return Path(root) / name / f"{name}.so"
 
 
@@ -56,11 +60,12 @@ _failed: set[Path] = set()
 
 def _load() -> Any | None:
     path = library()
-    if path not in _loaded and path not in _failed and path.is_file():
+    if path not in _loaded and path not in _failed:
         try:
-            torch.ops.load_library(str(path))
-            _loaded[path] = torch.ops.perception
-        except OSError as error:
+            if path.is_file():
+                torch.ops.load_library(str(path))
+                _loaded[path] = torch.ops.perception
+        except OSError as error:  # no library, or a directory that may not be read
             _fail(path, error)
     return _loaded.get(path)
 
@@ -77,15 +82,17 @@ def _build() -> Any | None:
         from torch.utils.cpp_extension import load
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        _free(path.parent / "lock")
-        load(
-            path.stem,
-            [str(source) for source in sources],
-            extra_cflags=FLAGS,
-            extra_ldflags=["-fopenmp"],
-            build_directory=str(path.parent),
-            is_python_module=False,
-        )
+        _sweep(path.parent)
+        with tempfile.TemporaryDirectory(dir=path.parent, prefix="build-", ignore_cleanup_errors=True) as build:
+            load(
+                path.stem,
+                [str(source) for source in sources],
+                extra_cflags=FLAGS,
+                extra_ldflags=["-fopenmp"],
+                build_directory=build,
+                is_python_module=False,
+            )
+            (Path(build) / path.name).replace(path)
     except Exception as error:  # compilers fail in their own ways
         _fail(path, error)
         return None
@@ -98,13 +105,14 @@ def _fail(path: Path, why: object) -> None:
     log.warning("compiled CPU kernels are not available, plain operators are used: %s", str(why).strip()[-400:])
 
 
-def _free(lock: Path) -> None:
-    """torch waits without end for a lock that a killed build left behind."""
-    try:
-        if time.time() - lock.stat().st_mtime > STALE:
-            lock.unlink()
-    except OSError:
-        pass
+def _sweep(directory: Path) -> None:
+    """Remove what killed builds left."""
+    for left in directory.glob("build-*"):
+        try:
+            if time.time() - left.stat().st_mtime > STALE:
+                shutil.rmtree(left, ignore_errors=True)
+        except OSError:  # another process was quicker
+            pass
 
 
 def _processor() -> str:

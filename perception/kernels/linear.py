@@ -18,6 +18,10 @@ from perception.kernels.probe import agrees, race
 log = logging.getLogger(__name__)
 
 FEW = 16  # up to so many rows a product waits for the weights to arrive, beyond it for the arithmetic
+ROWS = (64, 192, 576)  # row counts at which forms race: they decide far more than K and N, which are cut off at
+SIDE = 1024
+MANY = 384  # from so many rows on the last of them stands for a product
+BUDGET = 0.1  # seconds of a race: large products are repeated less
 # What a form may lose against F.linear, norm over norm: rounding of the dtype, of 8 bits, of 8 bits less one.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 TOLERANCE_INT8 = 0.05
@@ -32,6 +36,7 @@ def pack(
     gain: Tensor | None = None,
     norm: nn.LayerNorm | None = None,
     rows: int = 256,
+    most: int = 0,
 ) -> "PackedLinear":
     """A linear layer that holds `weight` its own way. The source is neither kept nor changed.
 
@@ -41,6 +46,7 @@ def pack(
     gain          N, multiplies the output: LayerScale, folded into weight and bias
     norm          a LayerNorm before this layer whose affine part is folded in; call it without
     rows          M to expect
+    most          M to expect at times: a second layout is held for many rows where another form is faster then
 
     The form is the one that won on this machine (`choose`); one that is wrong for this very shape is not used. Raises
     ConfigError for an unknown `quantize`.
@@ -52,10 +58,19 @@ def pack(
         weight, bias = fold(weight, bias, gain=gain, norm=norm)
         weight = weight.detach()
         bias = None if bias is None else bias.detach()
-        form = choose(dtype, quantize, rows) if weight.device.type == "cpu" else "plain"
-        if form != "plain" and not _right(form, dtype, weight, bias):
-            form = "plain"
-        return FORMS[form](weight, bias, dtype)
+        n, k = weight.shape
+        if weight.device.type != "cpu":
+            return PackedLinear(weight, bias, dtype)
+
+        def best(rows: int) -> str:
+            form = choose(dtype, quantize, rows, (k, n))
+            return form if form == "plain" or _right(form, dtype, weight, bias) else "plain"
+
+        form, form_of_many = best(rows), best(max(rows, most))
+        layer = FORMS[form](weight, bias, dtype)
+        if form == form_of_many or rows > MANY or most <= MANY:
+            return layer
+        return ByRows(layer, FORMS[form_of_many](weight, bias, dtype))
 
 
 def fold(
@@ -139,6 +154,10 @@ class PackedLinear:
         into.view(-1, self.out_features).addmm_(x.reshape(-1, self.in_features), self.turned)
         return into, self.bias
 
+    def at(self, x: Tensor) -> "PackedLinear":
+        """What computes `x`: itself, but for a layer that holds several layouts."""
+        return self
+
     def __repr__(self) -> str:
         return f"PackedLinear({self.in_features} -> {self.out_features}, {self.form})"
 
@@ -194,7 +213,9 @@ class Float32(PackedLinear):
 
     def _hold(self, weight: Tensor) -> None:
         bias = None if self.bias is None else self.bias.float()
-        self.inner = FORMS[choose(torch.float32)](weight.float(), bias, torch.float32)
+        self.inner = FORMS[choose(torch.float32, shape=(self.in_features, self.out_features))](
+            weight.float(), bias, torch.float32
+        )
 
     def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return self.inner(x.float(), None if residual is None else residual.float()).to(self.dtype)
@@ -250,6 +271,30 @@ class Int8Narrow(Int8):
     levels = 180
 
 
+class ByRows(PackedLinear):
+    """Two layouts of the same weights: one for up to MANY rows, one for more."""
+
+    def __init__(self, some: PackedLinear, many: PackedLinear):
+        self.some, self.many = some, many
+        self.out_features, self.in_features, self.dtype = some.out_features, some.in_features, some.dtype
+        self.bias, self.form = some.bias, f"{some.form} or {many.form}"
+
+    def at(self, x: Tensor) -> PackedLinear:
+        return self.some if x.numel() <= MANY * self.in_features else self.many
+
+    def __call__(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return self.at(x)(x, residual)
+
+    def gelu(self, x: Tensor) -> Tensor:
+        return self.at(x).gelu(x)
+
+    def unfinished(self, x: Tensor) -> tuple[Tensor, Late]:
+        return self.at(x).unfinished(x)
+
+    def accumulate(self, x: Tensor, into: Tensor) -> tuple[Tensor, Tensor | None]:
+        return self.at(x).accumulate(x, into)
+
+
 FORMS: dict[str, type[PackedLinear]] = {
     form.form: form for form in (PackedLinear, Transposed, OneDnn, Float32, Int8, Int8Narrow)
 }
@@ -260,9 +305,34 @@ RIVALS = {
 }
 
 
-def choose(dtype: torch.dtype, quantize: str | None = None, rows: int = 256) -> str:
-    """The form that is fastest here for weights of `dtype` and about so many rows. Measured once a process."""
-    return _choose(dtype, quantize, rows <= FEW, torch.get_num_threads())
+def choose(
+    dtype: torch.dtype, quantize: str | None = None, rows: int = 256, shape: tuple[int, int] | None = None
+) -> str:
+    """The form that is fastest here for weights of `dtype` and about so many rows. Measured once a process.
+
+    shape  K N, where it is known: layouts that win at one shape lose at another, so the race is run at this one
+    """
+    threads = torch.get_num_threads()
+    form = _choose(dtype, quantize, rows <= FEW, threads)
+    if shape is None or quantize or rows <= FEW or form in ("float32", "int8", "int8-narrow"):
+        return form
+    return _choose_for(dtype, min(shape[0], SIDE), min(shape[1], SIDE), _about(rows), threads)
+
+
+def _about(rows: int) -> int:
+    """The row count that stands for `rows`."""
+    return next(count for count in ROWS if rows <= 2 * count or count == ROWS[-1])
+
+
+@functools.cache
+@torch.inference_mode()
+def _choose_for(dtype: torch.dtype, k: int, n: int, rows: int, threads: int) -> str:
+    """The race of one shape, without bias and GELU: other passes take those in."""
+    if dtype not in RIVALS:
+        return "plain"
+    weight, _, x = (t.to(dtype) for t in _sample(rows, k, n))
+    rivals = tuple(form for form in RIVALS[dtype] if form != "float32")
+    return _race("plain", rivals, weight, None, x, dtype, TOLERANCE[dtype])
 
 
 @functools.cache
@@ -270,17 +340,25 @@ def choose(dtype: torch.dtype, quantize: str | None = None, rows: int = 256) -> 
 def _choose(dtype: torch.dtype, quantize: str | None, few: bool, threads: int) -> str:
     if dtype not in RIVALS:
         return "plain"
-    m, k, n = (1, 2048, 2048) if few else (192, 768, 768)
-    weight, bias, x = _sample(m, k, n)
-    rivals: tuple[str, ...]
+    weight, bias, x = _sample(*((1, 2048, 2048) if few else (192, 768, 768)))
     if quantize is None:
-        plain, rivals, tolerance = "plain", RIVALS[dtype], TOLERANCE[dtype]
         weight, bias, x = weight.to(dtype), bias.to(dtype), x.to(dtype)
-    else:
-        plain, tolerance = _choose(dtype, None, few, threads), TOLERANCE_INT8
-        rivals = ("int8",) if _exact() else ("int8-narrow",)
+        return _race("plain", RIVALS[dtype], weight, bias, x, dtype, TOLERANCE[dtype])
+    plain = _choose(dtype, None, few, threads)
+    return _race(plain, ("int8",) if _exact() else ("int8-narrow",), weight, bias, x.to(dtype), dtype, TOLERANCE_INT8)
+
+
+def _race(
+    plain: str,
+    rivals: tuple[str, ...],
+    weight: Tensor,
+    bias: Tensor | None,
+    x: Tensor,
+    dtype: torch.dtype,
+    tolerance: float,
+) -> str:
     built = {form: layer for form in rivals if (layer := _try(form, weight, bias, dtype)) is not None}
-    return race((plain, FORMS[plain](weight, bias, dtype)), built, x.to(dtype), tolerance=tolerance)
+    return race((plain, FORMS[plain](weight, bias, dtype)), built, x, tolerance=tolerance, budget=BUDGET)
 
 
 @functools.cache
@@ -330,7 +408,7 @@ def _right(form: str, dtype: torch.dtype, weight: Tensor, bias: Tensor | None) -
     return known[0]
 
 
-def _try(form: str, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> PackedLinear | None:
+def _try(form: str, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> PackedLinear | None:
     try:
         return FORMS[form](weight, bias, dtype)
     except Exception as error:  # the operators behind it may be absent
@@ -339,9 +417,9 @@ def _try(form: str, weight: Tensor, bias: Tensor, dtype: torch.dtype) -> PackedL
 
 
 def _sample(m: int, k: int, n: int) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    weight, bias, x = (torch.randn(*shape, generator=generator) for shape in ((n, k), (n,), (m, k)))
-    return weight * k**-0.5, bias, x
+    generator = torch.Generator().manual_seed(0)  # even numbers: drawn in a fraction of the time of normal ones
+    weight, bias, x = (torch.empty(shape).uniform_(-1, 1, generator=generator) for shape in ((n, k), (n,), (m, k)))
+    return weight.mul_(k**-0.5), bias, x
 
 
 def quantize_rows(x: Tensor, levels: int = 255) -> tuple[Tensor, Tensor, int]:

@@ -70,7 +70,13 @@ def seconds(run: Callable[[], object], *, budget: float = 0.01, least: int = 2) 
 
 
 def race(
-    plain: tuple[str, Call], rivals: Mapping[str, Call], x: Tensor, *, tolerance: float = 1e-5, rounds: int = 8
+    plain: tuple[str, Call],
+    rivals: Mapping[str, Call],
+    x: Tensor,
+    *,
+    tolerance: float = 1e-5,
+    rounds: int = 8,
+    budget: float = 0.5,
 ) -> str:
     """The name of the fastest that gives the right answer; `plain` wins unless a rival is clearly faster.
 
@@ -78,6 +84,8 @@ def race(
     rivals     calls that should give the same; one that raises or differs is out
     x          what they are called with, rows first
     tolerance  relative error (norm over norm) a rival may have
+    rounds     in which each runs once
+    budget     seconds after which no round begins, once there were three
 
     All take turns, another one first in every round, so that a change of clock and other work on the machine meet each
     alike; the least of each counts. One that is far behind after three rounds is not run again.
@@ -91,7 +99,10 @@ def race(
         if agrees(rival, on_few, wanted, tolerance) and seconds(on_few, budget=0.0, least=3) < limit:
             runs[rival] = call
     best, names = dict.fromkeys(runs, float("inf")), list(runs)
+    start = time.perf_counter()
     for index in range(rounds):
+        if index >= 3 and time.perf_counter() - start > budget:
+            break
         for candidate in names[index % len(names) :] + names[: index % len(names)]:
             if index < 3 or best[candidate] < 2 * min(best.values()):
                 took = seconds(functools.partial(runs[candidate], x), budget=0.0, least=1)

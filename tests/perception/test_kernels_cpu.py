@@ -1,6 +1,7 @@
 """Packed linears, compiled operators and the probe that chooses: each equal to its plain twin, none required."""
 
 import logging
+import os
 import time
 from pathlib import Path
 
@@ -127,7 +128,14 @@ def fresh(monkeypatch: pytest.MonkeyPatch):
     """Nothing remembered, before and after."""
 
     def forget() -> None:
-        for cached in (linear._choose, linear._exact, linear._epilogue, linear._checked, fused._choose):
+        for cached in (
+            linear._choose,
+            linear._choose_for,
+            linear._exact,
+            linear._epilogue,
+            linear._checked,
+            fused._choose,
+        ):
             cached.cache_clear()
         probe._capabilities.cache_clear()
 
@@ -370,12 +378,113 @@ def test_the_name_follows_the_sources(elsewhere: Path, monkeypatch: pytest.Monke
     assert cpp.library() != before
 
 
-def test_a_lock_of_a_dead_build_is_lifted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lock = tmp_path / "lock"
-    lock.touch()
-    cpp._free(lock)
-    assert lock.exists()  # young: somebody builds
-    monkeypatch.setattr(cpp, "STALE", -1.0)
-    cpp._free(lock)
-    assert not lock.exists()
-    cpp._free(lock)  # and one that is gone is no error
+def test_a_build_waits_for_no_other(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Locks and rubbish of killed builds are there; the build goes its own way and the result is found whole."""
+    if not cpp.has_compiler():
+        pytest.skip("no C++ compiler and ninja here")
+    sources = elsewhere / "cpu"
+    sources.mkdir()
+    (sources / "small.cpp").write_text("int perception_small() { return 1; }\n")  # no torch inside: built in a second
+    monkeypatch.setattr(cpp, "SOURCES", sources)
+    home = cpp.library().parent
+    old, young = home / "build-old", home / "build-young"
+    for directory in (home, old, young):
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "lock").touch()
+    os.utime(old, (0, 0))
+    assert cpp.kernels() is not None
+    assert sorted(path.name for path in home.iterdir()) == ["build-young", "lock", cpp.library().name]
+    cpp._loaded.clear()
+    assert cpp.kernels(build=False) is not None  # what the next process finds
+
+
+@pytest.mark.parametrize("home", ["/proc/nobody", "/dev/null"])
+def test_a_cache_that_cannot_be_written_is_done_without(
+    elsewhere: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, home: str
+) -> None:
+    monkeypatch.setattr(cpp, "has_compiler", lambda: True)
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    monkeypatch.setenv("HOME", home)
+    cpp.library.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        assert cpp.kernels(build=False) is None
+        assert cpp.kernels() is None
+        assert cpp.kernels() is None
+    assert len(caplog.records) == 1
+
+
+def test_a_cache_that_cannot_be_read_is_done_without(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(cpp.Path, "is_file", refuse)
+    assert cpp.kernels(build=False) is None
+
+
+# ---------------------------------------------------------------- the form of each shape
+
+
+def test_a_form_is_chosen_for_the_shape(monkeypatch: pytest.MonkeyPatch, fresh: None) -> None:
+    """What wins at one shape is not taken at another without a race; what wins nowhere by much is plain."""
+
+    class Uneven(linear.Transposed):
+        def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+            if self.in_features == 80:
+                time.sleep(0.02)
+            return super()._product(x, bias)
+
+    class Slow(linear.PackedLinear):
+        def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
+            time.sleep(0.005)
+            return super()._product(x, bias)
+
+    monkeypatch.setitem(linear.RIVALS, torch.float32, ("transposed",))
+    monkeypatch.setitem(FORMS, "transposed", Uneven)
+    monkeypatch.setitem(FORMS, "plain", Slow)
+    assert pack(draw(48, 64), None).form == "transposed"
+    assert pack(draw(48, 80), None).form == "plain"
+    before = linear._choose_for.cache_info().misses
+    assert pack(draw(48, 80), None, rows=200).form == "plain"
+    assert linear._choose_for.cache_info().misses == before  # about as many rows: raced once
+    pack(draw(48, 80), None, rows=577)
+    assert linear._choose_for.cache_info().misses == before + 1
+
+
+def test_races_stay_small_and_near() -> None:
+    assert [linear._about(rows) for rows in (17, 65, 197, 257, 577, 4096)] == [64, 64, 192, 192, 576, 576]
+    linear.choose(torch.float32, shape=(3000, 5000), rows=600)
+    before = linear._choose_for.cache_info().misses
+    linear.choose(torch.float32, shape=(1024, 4096), rows=1500)  # the same race stands for it
+    assert linear._choose_for.cache_info().misses == before
+
+
+@torch.inference_mode()
+def test_two_layouts_for_few_rows_and_for_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "choose", lambda dtype, q, rows, shape: "plain" if rows > 384 else "transposed")
+    w, b = draw(24, 40), draw(24)
+    layer = pack(w, b, rows=64, most=1600)
+    assert layer.form == "transposed or plain"
+    for rows, form in ((384, "transposed"), (385, "plain")):
+        x, into = draw(1, rows, 40), draw(1, rows, 24)
+        wanted = F.linear(x, w, b)
+        assert layer.at(x).form == form
+        assert near(layer(x), wanted) < 1e-6
+        assert near(layer(x, into.clone()), wanted + into) < 1e-6
+        assert near(layer.gelu(x), F.gelu(wanted)) < 1e-6
+        assert near(finish(*layer.unfinished(x)), wanted) < 1e-6
+        total, rest = layer.accumulate(x, into.clone())
+        assert near(total if rest is None else total + rest, wanted + into) < 1e-6
+    assert pack(w, b, rows=64).form == "transposed"  # one layout unless many rows are announced
+    assert pack(w, b, rows=600, most=1600).form == "plain"
+
+
+def test_a_long_race_is_cut_short() -> None:
+    calls = []
+
+    def rival(x: Tensor) -> Tensor:
+        calls.append(len(x))
+        return wait(20 if len(x) > 8 else 0, torch.ones(99))(x)
+
+    plain = ("plain", lambda x: wait(20 if len(x) > 8 else 0, torch.ones(99))(x))
+    assert probe.race(plain, {"alike": rival}, torch.zeros(99), budget=0.05) == "plain"
+    assert calls.count(99) == 3
