@@ -2,6 +2,7 @@
 
     python benchmarks/load.py
     python benchmarks/load.py --only open_clip
+    python benchmarks/load.py --folder DIR              # the files are kept there, and used where they are already
 
 PE-Core-B16-224, both towers, 447.7 M random parameters in float32: our file for us, open_clip's for open_clip, a `.pt`
 for the usual pattern (build the model, `torch.load`, `load_state_dict`), which the reference follows. Each run is a
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -62,6 +64,8 @@ def write_files(folder: Path, ours: str, wanted: Sequence[str]) -> None:
     from perception.checkpoint import write_safetensors
     from perception_encoder.checkpoints import export
 
+    if all((folder / FILES[how]).is_file() for how in wanted):
+        return
     model = clip(ours)
     write_safetensors(folder / FILES["ours"], model.state_dict())
     if "open_clip" in wanted:
@@ -74,12 +78,17 @@ def main() -> None:
     if "--one" in sys.argv:
         print(json.dumps(one_run(*sys.argv[sys.argv.index("--one") + 1 :])))
         return
-    chosen = options(__doc__)
+    kept, arguments = None, sys.argv[1:]
+    if "--folder" in arguments:
+        at = arguments.index("--folder")
+        kept = arguments[at + 1]
+        del arguments[at : at + 2]
+    chosen = options(__doc__, arguments)
     names = QUICK if chosen.quick else (MODEL, THEIRS)
     here = [how for how in FILES if how == "ours" or chosen.wants(how)]
     seconds: dict[str, list[float]] = {how: [] for how in here}
     peaks: dict[str, list[float]] = {how: [] for how in here}
-    with tempfile.TemporaryDirectory() as folder:
+    with nullcontext(kept) if kept else tempfile.TemporaryDirectory() as folder:
         write_files(Path(folder), names[0], here)
         begin = time.perf_counter()
         for index in range(3 if chosen.quick else chosen.rounds + 1):
