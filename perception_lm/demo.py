@@ -21,8 +21,10 @@ HONEST = (
 
 
 def steps() -> list[Step]:
-    """For the entry-point group `perception.demo`."""
-    return [partial(step, _assistant) for step in (chart, scene, clip)]
+    """For the entry-point group `perception.demo`; none where the model is not in the package."""
+    from perception_lm.zoo import list_models
+
+    return [partial(step, _assistant) for step in (chart, scene, clip)] if list_models(MODEL) else []
 
 
 @cache

@@ -17,7 +17,7 @@ from perception_encoder.zoo import load_encoder
 from perception_lm.samples import samples
 from perception_lm.tokenizer import SPECIAL, read_ranks
 from perception_lm.training.nano.__main__ import STAGES, finish, stage
-from perception_lm.training.nano.build import DECODER, KEPT, SCALE, language_tower
+from perception_lm.training.nano.build import DECODER, KEPT, language_tower
 from perception_lm.training.nano.mixture import Mixture
 from perception_lm.training.nano.world import World
 from perception_lm.training.sources import SOURCES
@@ -28,6 +28,8 @@ FOLDER = ROOT / "perception_lm" / "weights" / "PLM-nano"
 
 @pytest.fixture(scope="module")
 def assistant() -> plm.Assistant:
+    if not (FOLDER / "config.json").is_file():
+        pytest.skip("PLM-nano's weights are not in this checkout")
     patch = pytest.MonkeyPatch()
     patch.setattr(socket.socket, "connect", lambda *a: pytest.fail("the network was touched"))
     found = plm.load("PLM-nano", device="cpu", offline=True)
@@ -80,16 +82,13 @@ def test_it_gives_boxes(assistant: plm.Assistant) -> None:
     assert 0 <= box.y1 < box.y2 <= 64
 
 
-def test_the_tower_says_what_it_said_but_smaller() -> None:
+def test_the_tower_says_what_it_said() -> None:
     core = load_encoder("PE-Core-nano", device="cpu", dtype="float32")
     tower = language_tower(core)
     pixels = torch.rand(2, 3, 64, 64) * 2 - 1
     with torch.inference_mode():
-        before = core.intermediates(pixels, [KEPT - 1])[0].patches
-        after = tower(pixels).patches
-    # Not to the last digit: the norms' epsilon weighs more on what is smaller.
-    assert (after - before * SCALE).abs().max() < 0.02 * after.abs().max()
-    assert tower.config.layer_scale == SCALE
+        assert torch.equal(tower(pixels).patches, core.intermediates(pixels, [KEPT - 1])[0].patches)
+    assert tower.config.layer_scale is not None
     assert tower.pool is None
     assert language_tower(tower) is tower
 
@@ -137,6 +136,8 @@ REPORTS = ROOT / "examples" / "finetune" / "reports.py"
 
 
 def finetune(folder: Path, *options: str, timeout: int = 250) -> str:
+    if not (FOLDER / "config.json").is_file():
+        pytest.skip("PLM-nano's weights are not in this checkout")
     pytest.importorskip("easy_vqa", reason="the walkthrough's data: pip install easy-vqa")
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(REPORTS), *options]
