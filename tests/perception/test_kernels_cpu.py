@@ -430,12 +430,12 @@ def test_a_form_is_chosen_for_the_shape(monkeypatch: pytest.MonkeyPatch, fresh: 
     class Uneven(linear.Transposed):
         def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
             if self.in_features == 80:
-                time.sleep(0.02)
+                time.sleep(0.12)
             return super()._product(x, bias)
 
     class Slow(linear.PackedLinear):
         def _product(self, x: Tensor, bias: Tensor | None) -> Tensor:
-            time.sleep(0.005)
+            time.sleep(0.05)  # far beyond what a busy machine adds
             return super()._product(x, bias)
 
     monkeypatch.setitem(linear.RIVALS, torch.float32, ("transposed",))
