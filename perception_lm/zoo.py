@@ -8,6 +8,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+import os
 import torch
 from torch import nn
 
@@ -239,7 +240,7 @@ def load(
     Raises LookupError for an unknown name, ConfigError for a config that cannot be or a tokenizer that does not fit,
     CheckpointError for weights that are missing, damaged or another model's.
     """
-    if (Path(name_or_path) / "adapter_config.json").is_file():
+    if os.path.isfile(os.path.join(name_or_path, "adapter_config.json")):  # noqa: PTH113, PTH118  a name may be too long for a Path
         from perception_lm.training.lora import apply_adapter, base_of
 
         base = load(base_of(Path(name_or_path)), tokenizer=tokenizer, device=device, dtype=dtype, offline=offline)

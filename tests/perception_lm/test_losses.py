@@ -25,20 +25,20 @@ def test_equal_to_the_plain_loss(chunk: int, reduction: str) -> None:
 
 
 def test_no_row_of_logits_more_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And none for what is not learned: in the backward pass, too."""
+    """And none for what is not learned; the backward pass makes none again."""
     rows: list[int] = []
-    original = F.cross_entropy
+    original = F.linear
 
-    def counted(logits: torch.Tensor, *rest: object, **more: object) -> torch.Tensor:
-        rows.append(len(logits))
-        return original(logits, *rest, **more)  # type: ignore[arg-type]
+    def counted(hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        rows.append(len(hidden))
+        return original(hidden, weight)
 
-    monkeypatch.setattr(F, "cross_entropy", counted)
+    monkeypatch.setattr(F, "linear", counted)
     hidden, head = torch.randn(1, 100, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
     labels = torch.full((1, 100), IGNORE)
     labels[0, 5:28] = 3
     answer_loss(hidden, labels, head, chunk=10).backward()
-    assert rows == [10, 10, 3, 3, 10, 10]
+    assert rows == [10, 10, 3]  # each once: gradients are made while the logits exist
 
 
 def test_nothing_learned_is_zero_and_not_nan() -> None:
@@ -69,3 +69,11 @@ def test_what_does_not_fit() -> None:
     for wrong in ((hidden, labels[:, 1:], head), (hidden[..., 1:], labels, head)):
         with pytest.raises(ValueError, match="expected"):
             answer_loss(*wrong)
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    hidden = torch.randn(4, 3, requires_grad=True)
+    loss = answer_loss(hidden, torch.tensor([0, 1, 2, IGNORE]), torch.randn(5, 3))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="compute the loss again"):
+        loss.backward()
