@@ -3,12 +3,12 @@
 A name binds what must travel together: the config, where the weights are, the tokens and the pixels they expect.
 """
 
+import os
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-import os
 import torch
 from torch import nn
 
