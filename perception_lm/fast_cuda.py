@@ -100,7 +100,7 @@ class CudaDecoder(FastPart):
             past = fresh(x, positions, mask) if cache is None else cache.past(x.shape[1])
             if len(x) != len(past.positions):
                 raise ValueError(f"{len(x)} rows of tokens were given with a cache for {len(past.positions)}")
-            if type(cache) in (KVCache, RoomCache) and cache.keys[0].dtype == x.dtype:
+            if isinstance(cache, KVCache) and type(cache) in (KVCache, RoomCache) and cache.keys[0].dtype == x.dtype:
                 x = self._keep(x, cache, past.positions, past.mask, max(cache.lengths, default=0))
             else:
                 x = self._remember(x, past)

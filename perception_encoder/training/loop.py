@@ -84,7 +84,8 @@ class Loop:
         self.average = deepcopy(module).requires_grad_(False)
         self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in optimizers]
         self.step, self.seconds = 0, 0.0
-        self.rank, self.size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        self.rank: int = dist.get_rank() if dist.is_initialized() else 0
+        self.size: int = dist.get_world_size() if dist.is_initialized() else 1
         self._stop = threading.Event()  # what all processes know
         self._threads: ThreadPoolExecutor | None = None
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -377,7 +378,10 @@ def whiten(features: Tensor, width: int) -> Tensor:
 
 def _collect(drawings: Drawings, more: Drawings, codes: list[str]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Pixels, concept, style and teacher's row of all drawings to learn from; the outlined ones come last."""
-    pixels, concept, style, teacher = [], [], [], []
+    pixels: list[Any] = []
+    concept: list[Any] = []
+    style: list[Any] = []
+    teacher: list[Any] = []
     order = {code: i for i, code in enumerate(codes)}
     place = np.full(len(drawings.concepts), -1)
     for i, c in enumerate(drawings.concepts):

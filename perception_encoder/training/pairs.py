@@ -206,7 +206,8 @@ class Batch:
         return torch.empty(len(self.pixels), dtype=torch.bool)
 
 
-class Lost(NamedTuple):
+@dataclass(frozen=True)
+class Lost:
     """A row that could not be used."""
 
     source: str
@@ -273,7 +274,7 @@ class PairStream:
 
     def sample(self, k: int) -> tuple[Tensor, str, Tensor | None, list[Lost]]:
         """The k-th sample of the run: pixels, text, the teacher's pixels, and the rows that were passed over."""
-        lost = []
+        lost: list[Lost] = []
         first = self.order[k].index
         for attempt in range(TRIES):
             index = (first + attempt) % len(self.pairs)

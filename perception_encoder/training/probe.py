@@ -97,6 +97,6 @@ def _logistic(x: Tensor, labels: Tensor, K: int, strengths: Sequence[float]) -> 
             return value
 
         with torch.enable_grad():
-            optimizer.step(loss)  # type: ignore[arg-type]
+            optimizer.step(loss)
         found[strength] = (weight.detach().clone(), bias.detach().clone())
     return dict(sorted(found.items()))
