@@ -4,6 +4,7 @@ Those of retrieval (embed, index, search) are in `retrieval_cli`.
 """
 
 import json
+from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,7 @@ from perception.cli import Device, Dtype, Json, note, show, table
 from perception.errors import ConfigError
 
 DEFAULT_MODEL = "PE-Core-nano"
+MODELS_GROUP = "perception.models"  # functions from a wildcard to descriptions as `zoo.describe` gives
 NANO_NOTE = (
     f"{DEFAULT_MODEL} is a small model for drawings that needs no download; for photographs use "
     "--model PE-Core-B16-224 or larger"
@@ -39,23 +41,24 @@ def register(app: typer.Typer) -> None:
 def models(
     pattern: Annotated[str, typer.Argument(help="A wildcard, such as '*core*'.")] = "*", as_json: Json = False
 ) -> None:
-    """Every model known by name, with its size, licence and where it comes from."""
+    """Every model known by name, encoders and language models, with its size, licence and where it comes from."""
     from perception_encoder import zoo
 
-    found = [zoo.describe(name) for name in zoo.list_models(pattern)]
+    catalogues = [zoo.catalogue, *(point.load() for point in entry_points(group=MODELS_GROUP))]
+    found = [model for catalogue in catalogues for model in catalogue(pattern)]
     if not found:
         raise ConfigError(f"no model matches {pattern!r}; `perception models` lists all of them")
     header = ["name", "kind", "parameters", "pixels", "patch", "licence", "from"]
-    rows = [_model_row(model) for model in found]
-    show(found, as_json, lambda: table(rows, header))
+    show(found, as_json, lambda: table([_model_row(model) for model in found], header))
 
 
 def _model_row(model: dict[str, Any]) -> list[str]:
-    if "vision" not in model:  # an encoder that another distribution registered
-        return [model["name"], model["kind"], "-", "-", "-", "-", model["provider"]]
-    vision, millions = model["vision"], f"{model['parameters'] / 1e6:.1f} M"
-    sizes = [str(vision["image_size"]), str(vision["patch_size"])]
-    return [model["name"], model["kind"], millions, *sizes, model["licence"], next(iter(model["weights"].values()))]
+    """Of one entry of a catalogue; an encoder that another distribution registered has a name and a provider only."""
+    vision = model.get("vision", {})
+    millions = f"{model['parameters'] / 1e6:.1f} M" if "parameters" in model else "-"
+    source = next(iter(model.get("weights", {}).values()), model.get("provider", "-"))
+    sizes = [str(vision.get(size, "-")) for size in ("image_size", "patch_size")]
+    return [model["name"], model["kind"], millions, *sizes, model.get("licence", "-"), source]
 
 
 def download(

@@ -159,6 +159,11 @@ def list_models(pattern: str = "*") -> list[str]:
     return sorted(name for name in names if fnmatchcase(name.casefold(), pattern.casefold()))
 
 
+def catalogue(pattern: str = "*") -> list[dict[str, Any]]:
+    """`describe` of every name that matches."""
+    return [describe(name) for name in list_models(pattern)]
+
+
 def describe(name: str) -> dict[str, Any]:
     """What the zoo knows about a name or a published hub id, as plain values. Nothing is downloaded.
 

@@ -137,6 +137,26 @@ def describe(name: str) -> dict[str, Any]:
     }
 
 
+def catalogue(pattern: str = "*") -> list[dict[str, Any]]:
+    """One entry for every name that matches, in the form of `perception_encoder.zoo.describe`: what `perception models`
+    shows through the entry-point group `perception.models`."""
+    found = []
+    for name in list_models(pattern):
+        known = describe(name)
+        found.append(
+            {
+                "name": name,
+                "kind": "lm",
+                "parameters": known["parameters"]["total"],
+                "vision": known["config"]["vision"],
+                "decoder": known["config"]["decoder"],
+                "licence": known.get("licence", "Apache-2.0"),  # the packaged models are this project's own
+                "weights": {"hub": known["hub"] or f"package://weights/{name}"},
+            }
+        )
+    return found
+
+
 def download(name: str, *, revision: str | None = None, offline: bool | None = None) -> Path:
     """Fetch a model into the hub's cache, and say where it is. Errors as `load`'s."""
     return _folder(name, revision, offline)

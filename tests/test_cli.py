@@ -61,6 +61,10 @@ def test_models() -> None:
     text = perception("models").stdout
     assert "PE-Core-G14-448" in text
     assert "2419.3 M" in text
+    language = {model["name"]: model for model in json.loads(perception("models", "perception-lm*", "--json").stdout)}
+    assert language["Perception-LM-1B"]["kind"] == "lm"
+    assert language["Perception-LM-1B"]["parameters"] == 1_235_814_400 + 291_415_040 + 6_295_552
+    assert "FAIR Noncommercial" in text
     nothing = perception("models", "zzz")
     assert nothing.returncode == 1
     assert "error: no model matches 'zzz'" in nothing.stderr
