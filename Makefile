@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c .ci/constraints.txt
 RECIPE := pyproject.toml .ci/constraints.txt
 
-.PHONY: demo test test-slow lint types check wheel bench bench-quick bench-gpu nano clean
+.PHONY: demo test test-slow lint types check wheel bench bench-quick bench-gpu nano plm-nano clean
 
 demo: $(VENV)/.demo ## classify, embed, search and show bundled pictures, offline
 	$(BIN)/perception demo
@@ -45,7 +45,12 @@ bench-gpu: $(VENV)/.test ## towers, attention and decoding on a GPU; skips witho
 nano: $(VENV)/.nano ## train PE-Core-nano again from registry packages, and measure it (an hour on two idle cores)
 	$(BIN)/python -m perception_encoder.training.drawings --out runs/data
 	$(BIN)/python -m perception_encoder.training.nano --data runs/data --out runs/nano
-	$(BIN)/python benchmarks/nano_core.py --data runs/data
+	$(BIN)/python benchmarks/nano_core.py --data runs/data --model runs/nano/PE-Core-nano
+
+plm-nano: $(VENV)/.plm-nano ## train PLM-nano again from registry packages, and measure it (hours on two cores; goes on where it was)
+	$(BIN)/python -m perception_encoder.training.drawings --out runs/data
+	$(BIN)/python -m perception_lm.training.nano --data runs/data --out runs/plm_nano
+	$(BIN)/python benchmarks/plm_nano.py --data runs/data --model runs/plm_nano/PLM-nano --look
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -65,6 +70,10 @@ $(VENV)/.slow: $(RECIPE) | $(BIN)/python
 $(VENV)/.nano: $(RECIPE) | $(BIN)/python
 	$(INSTALL) -e '.[video,train]'
 	touch $@ $(VENV)/.demo
+
+$(VENV)/.plm-nano: $(RECIPE) | $(BIN)/python
+	$(INSTALL) -e '.[video,lm,train]' easy-vqa
+	touch $@ $(VENV)/.demo $(VENV)/.nano
 
 clean:
 	rm -rf $(VENV) dist build demo .pytest_cache .ruff_cache .mypy_cache

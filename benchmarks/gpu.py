@@ -1,24 +1,37 @@
-"""What the scripts for a GPU share: whether there is one, its clock, its limits, peers that were compiled."""
+"""What the scripts for a GPU share: whether there is one, what is written where none is, its clock and its limits."""
 
 import gc
-import sys
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from harness import Limit
+from harness import Gate, Limit, Options, Rounds, conditions, judge, save
+from record import RESULTS
 from torch import Tensor
 
 SIZE = 1 << 30  # bytes that are copied to measure memory: many times what a cache holds
+ABSENT = "no CUDA device"
 
 
-def here() -> bool:
-    """Whether there is a CUDA device; says so when there is none."""
+def here(name: str, method: str | None, promised: Mapping[str, Sequence[Gate]], chosen: Options) -> bool:
+    """Whether there is a CUDA device. Where there is none, what was promised is written down as not run.
+
+    promised  gates by case; a case that was measured once, on whatever machine, stays as it is
+    """
     if torch.cuda.is_available():
         return True
-    print("skipped: no CUDA device")
-    sys.stdout.flush()
+    print(f"skipped: {ABSENT}", flush=True)
+    path = RESULTS / f"{name}.json"
+    known = json.loads(path.read_text("utf-8"))["cases"] if path.is_file() else {}
+    save(name, method, {case: not_run(gates) for case, gates in promised.items() if case not in known}, chosen)
     return False
+
+
+def not_run(gates: Sequence[Gate]) -> dict[str, Any]:
+    sides = {name for gate in gates for name in (gate.ours, *gate.peers)}
+    why = dict.fromkeys(sides, ABSENT)
+    return {**conditions(0), "left out": why, "gates": [judge(gate, Rounds({}), (), why) for gate in gates]}
 
 
 class Clock:
@@ -55,9 +68,9 @@ def copy(size: int = SIZE) -> Limit:
     return Limit(lambda: target.copy_(source), 2.0 * size, "GB/s")
 
 
-def conditions() -> dict[str, Any]:
-    device = torch.cuda.get_device_properties(0)
-    return {"device": device.name, "memory, GiB": round(device.total_memory / 2**30), "cuda": torch.version.cuda}
+def device() -> dict[str, Any]:
+    found = torch.cuda.get_device_properties(0)
+    return {"device": found.name, "memory, GiB": round(found.total_memory / 2**30), "cuda": torch.version.cuda}
 
 
 def try_out(calls: dict[str, Callable[[], Any]]) -> tuple[dict[str, Callable[[], Any]], dict[str, str]]:

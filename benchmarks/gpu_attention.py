@@ -24,6 +24,10 @@ from perception.rope import rope_2d
 
 # head_dim, heads, tokens, batch: B16, L14-336, G14-448 and a drawing-sized tower
 TOWERS = [(64, 12, 197, 64), (64, 16, 577, 16), (96, 16, 1024, 8), (24, 8, 256, 64), (128, 32, 2048, 1)]
+CACHES = [(1, 2048), (1, 11_520), (8, 4096)]  # batch, slots
+DOCUMENTS = (64, 20, 800)  # how many, the shortest and the longest
+LAYERS = 16  # as many caches as a model has, so that none stays in the device's own cache
+BATCH = 16  # pictures of L14-336 that the small kernels work on
 HALF = torch.bfloat16
 
 
@@ -49,15 +53,16 @@ def towers(chosen: Options) -> dict[str, dict]:
                 if not measured.usable(kernel, q, k, v, causal, None):
                     del calls[kernel]
             flops = 4.0 * batch * heads * tokens**2 * head_dim / (2 if causal else 1)
-            cases[name] = compare(chosen, calls, gpu.gemm(HALF, 4096, 4096, 4096), flops, "reference", "auto")
+            cases[name] = compare(name, chosen, calls, gpu.gemm(HALF, 4096, 4096, 4096), flops, "reference", "auto")
     return cases
 
 
 def packed(chosen: Options) -> dict[str, dict]:
-    name = "packed: 64 documents of 20 to 800 tokens, 32 heads on 8, head_dim 64"
+    count, shortest, longest = DOCUMENTS
+    name = f"packed: {count} documents of {shortest} to {longest} tokens, 32 heads on 8, head_dim 64"
     if not chosen.wants(name):
         return {}
-    lengths = torch.randint(20, 800, (64,), generator=torch.Generator().manual_seed(0)).tolist()
+    lengths = torch.randint(shortest, longest, (count,), generator=torch.Generator().manual_seed(0)).tolist()
     q, k, v = (randn(sum(lengths), heads, 64) for heads in (32, 8, 8))
 
     def call(kernel: str) -> torch.Tensor:
@@ -66,18 +71,17 @@ def packed(chosen: Options) -> dict[str, dict]:
 
     calls = {kernel: lambda kernel=kernel: call(kernel) for kernel in ("auto", "flex", "sdpa")}
     flops = 2.0 * 32 * 64 * sum(n * n for n in lengths)
-    return {name: compare(chosen, calls, gpu.gemm(HALF, 4096, 4096, 4096), flops, "sdpa", "auto")}
+    return {name: compare(name, chosen, calls, gpu.gemm(HALF, 4096, 4096, 4096), flops, "sdpa", "auto")}
 
 
 def decoding(chosen: Options) -> dict[str, dict]:
     cases = {}
-    for batch, slots in ((1, 2048), (1, 11_520), (8, 4096)):
+    for batch, slots in CACHES:
         name = f"decode: batch {batch}, {slots} slots, 32 heads on 8, head_dim 64"
         if not chosen.wants(name):
             continue
-        layers = 16  # as many caches as a model has, so that none stays in the device's own cache
         q = randn(batch, 32, 64)
-        caches = [(randn(batch, slots, 8, 64), randn(batch, slots, 8, 64)) for _ in range(layers)]
+        caches = [(randn(batch, slots, 8, 64), randn(batch, slots, 8, 64)) for _ in range(LAYERS)]
         lengths = torch.full((batch,), slots, device="cuda")
 
         def fused(q: Any = q, caches: Any = caches, lengths: Any = lengths) -> torch.Tensor:
@@ -87,15 +91,15 @@ def decoding(chosen: Options) -> dict[str, dict]:
             return [attend(q[:, None], keys, values)[:, 0] for keys, values in caches][-1]
 
         size = float(sum(t.nbytes for pair in caches for t in pair))
-        cases[name] = compare(chosen, {"ours": fused, "attend": plain}, gpu.copy(), size, "attend", "ours")
+        cases[name] = compare(name, chosen, {"ours": fused, "attend": plain}, gpu.copy(), size, "attend", "ours")
     return cases
 
 
 def small(chosen: Options) -> dict[str, dict]:
     """Bytes are those that have to be read and written once."""
-    rope = tuple(t.cuda() for t in rope_2d(24, 24, 64, prefix=1))
-    qkv, x, branch = randn(16, 577, 3, 16, 64), randn(16 * 577, 1024), randn(16 * 577, 1024)
-    weight, bias, gate_up = randn(1024), randn(1024), randn(4096, 2 * 8192)
+    rope = tuple(t.to("cuda") for t in rope_2d(24, 24, 64, prefix=1))
+    qkv, x, branch = randn(BATCH, 577, 3, 16, 64), randn(BATCH * 577, 1024), randn(BATCH * 577, 1024)
+    weight, bias, gate_up = randn(1024), randn(1024), randn(256 * BATCH, 2 * 8192)
     cases: dict[str, tuple[dict[str, Callable[[], torch.Tensor]], float]] = {
         "rotary on packed qkv": (
             {
@@ -120,13 +124,13 @@ def small(chosen: Options) -> dict[str, dict]:
         ),
     }
     return {
-        name: compare(chosen, calls, gpu.copy(), size, "plain", "ours")
+        name: compare(name, chosen, calls, gpu.copy(), size, "plain", "ours")
         for name, (calls, size) in cases.items()
         if chosen.wants(name)
     }
 
 
-def compare(chosen: Options, calls: dict, limit: Any, work: float, truth: str, ours: str) -> dict:
+def compare(case: str, chosen: Options, calls: dict, limit: Any, work: float, truth: str, ours: str) -> dict[str, Any]:
     calls, failed = gpu.try_out(calls)
     differences = agree(calls[truth](), {name: call() for name, call in calls.items()}, relative=2e-2)
     found = race(
@@ -135,17 +139,17 @@ def compare(chosen: Options, calls: dict, limit: Any, work: float, truth: str, o
         work=dict.fromkeys(calls, work),
         rounds=chosen.rounds,
         least=min(chosen.least, 0.1),
+        seconds=chosen.seconds,
         clock=gpu.Clock(),
     )
     others = tuple(name for name in calls if name != ours)
-    gates = [Gate(what=f"{ours} / the fastest other", ours=ours, peers=others, least=0.95, aim=1.0)]
-    more = {"differences": differences, "left out": failed, "gpu": gpu.conditions()}
-    return describe(found, gates, torch.get_num_threads(), **more)
+    gates = [Gate(what=f"GPU, {case}: {ours} / the fastest other", ours=ours, peers=others, least=0.95, aim=1.0)]
+    return describe(found, gates, 0, left_out=failed, differences=differences, gpu=gpu.device())
 
 
 def main() -> None:
     chosen = options(__doc__)
-    if not gpu.here():
+    if not gpu.here("gpu_attention", __doc__, {}, chosen):
         return
     cases: dict[str, dict] = {}
     with torch.inference_mode():

@@ -3,11 +3,12 @@
     python benchmarks/lm_loss.py --only time --threads 2
     python benchmarks/lm_loss.py --only memory
 
-Hidden states of 512 positions (memory: 1024), 35 % of them answers, a head of 128256 x 2048 with random weights; forward
-and backward to hidden states and head. "all positions" is the usual way: logits of everything, then cross-entropy that
-ignores the rest. Extra memory, in a process of its own, is the peak of one step over what remains after it: weights,
-inputs and their gradients, which no way of computing a loss can save. "accumulating": the gradients exist already, as in
-the second pass of an accumulated step, so that each way also makes the head's gradient (1.05 GB) a second time.
+Hidden states of 512 positions (memory: 1024), 35 % of them answers, a head of 128256 x 2048 with random weights;
+forward and backward to hidden states and head. "all positions" is the usual way: logits of everything, then
+cross-entropy that ignores the rest. Extra memory, in a process of its own, is the peak of one step over what remains
+after it: weights, inputs and their gradients, which no way of computing a loss can save. "accumulating": the gradients
+exist already, as in the second pass of an accumulated step, so that each way also makes the head's gradient (1.05 GB) a
+second time.
 """
 
 import json

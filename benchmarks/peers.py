@@ -59,13 +59,16 @@ def clip(name: str) -> CLIP:
 
 
 def timm_tower(model: VisionTransformer) -> nn.Module:
-    """timm's model with our weights. open_clip wraps this very module for the same names."""
+    """timm's model with our weights. open_clip wraps this very module for the same names. LookupError where it has
+    none of these sizes."""
+    from perception_encoder.zoo import timm_name
+
+    if (name := timm_name(model.config)) is None:
+        raise LookupError(f"timm has no tower of width {model.config.width} and depth {model.config.depth}")
     shim()
     import timm
 
-    from perception_encoder.zoo import timm_name
-
-    theirs = timm.create_model(timm_name(model.config), pretrained=False)
+    theirs = timm.create_model(name, pretrained=False)
     return fill(theirs, convert(model.state_dict(), TIMM_TOWER, back=True))
 
 

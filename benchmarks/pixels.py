@@ -68,7 +68,8 @@ def measure(data: bytes, side: int, name: str, threads: int, chosen: Options) ->
         "published transform": lambda: published(data, side),
         "decoding alone": lambda: Image.open(io.BytesIO(data)).load(),
     }
-    found = race(calls, gemm(torch.float32, 512, 1024, 1024), rounds=chosen.rounds, least=chosen.least)
+    limit = gemm(torch.float32, 512, 1024, 1024)
+    found = race(calls, limit, rounds=chosen.rounds, least=chosen.least, seconds=chosen.seconds)
     gates = []
     if name.startswith("noise") and side in (224, 336):
         peer = ("published transform",)

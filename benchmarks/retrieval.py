@@ -1,18 +1,21 @@
-"""Folder to index, and queries: this library against the loop people write around open_clip. One run, in turns.
+"""Folder to index, and queries: this library beside the loop people write around open_clip.
 
-    python benchmarks/retrieval.py                 # PE-Core-B16-224's sizes with random weights; minutes
-    python benchmarks/retrieval.py --model nano    # PE-Core-nano; open_clip cannot load it: the loop runs our own tower
+    python benchmarks/retrieval.py --only folder --threads 2
+    python benchmarks/retrieval.py --only queries --threads 2
 
-The loop: PIL, open_clip's own transform for each picture, a batch, `model.encode_image`, numpy, `IndexFlatIP`. Both
-sides get the same weights, and their vectors are compared before anything is timed. Queries are measured on synthetic
-vectors in clusters: the same exact search by faiss's flat index and by ours, and an inverted index of ours.
+"folder": JPEG files of 2 megapixels to an index that answers. The loop: Pillow, open_clip's own transform for each
+picture, a batch, `encode_image`, numpy, `IndexFlatIP`. Ours is `pe.Index.build`, which also writes what it found to
+disk, with hashes. Both sides have the same weights, and all their vectors are compared before anything is timed. A
+loop whose products alone would take longer than 60 s is left out, and said so.
+
+"queries": the 10 nearest of 200,000 synthetic vectors of 1024 in clusters, for 1 query and for 64. "matrix product" is
+`queries @ vectors.T` and `topk`. All exact searches give the same rows, or nothing is timed; "ours, as it lies" is ours
+before it has copied anything, as in a process that searches once. The inverted index is tuned for a recall of 0.95.
 """
 
-import argparse
+import itertools
 import logging
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,190 +24,213 @@ import faiss
 import numpy as np
 import torch
 import torch.nn.functional as F
+from harness import Call, Gate, Options, describe, options, race, save, show
+from peers import agree, clip, forecast, gemm, open_clip_model, read_sweep
 from PIL import Image
-from record import record, spread
+from pixels import noise_picture
+from record import versions
+from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
 import perception_encoder as pe
 from perception.optimize import optimize
+from perception_encoder.retrieval import exact
 from perception_encoder.retrieval.faiss_store import FaissStore
-from perception_encoder.zoo import MODELS, export
+from perception_encoder.speed import flops
+
+MODEL, QUICK = ("PE-Core-B16-224", "PE-Core-B-16"), ("PE-Core-T16-384", "PE-Core-T-16-384")  # here, there
+PICTURES, BATCH = 16, 8
+ROWS, WIDTH, K = 200_000, 1024, 10
+TOO_SLOW = 60.0  # seconds of a loop
+BF16 = ("avx512_bf16",)
 
 
-def photographs(folder: Path, count: int, size: tuple[int, int] = (1632, 1224)) -> list[str]:
-    """JPEG files of 2 megapixels that weigh what photographs weigh: noise of several scales."""
-    files = []
-    for seed in range(count):
-        random = torch.Generator().manual_seed(seed)
-        layers = [
-            F.interpolate(
-                torch.rand(1, 3, size[1] // s, size[0] // s, generator=random), (size[1], size[0]), mode="bilinear"
-            )
-            for s in (2, 16, 96)
-        ]
-        codes = (255 * (0.15 * layers[0] + 0.35 * layers[1] + 0.5 * layers[2])).to(torch.uint8)[0].permute(1, 2, 0)
-        files.append(str(folder / f"{seed:04d}.jpg"))
-        Image.fromarray(codes.numpy()).save(files[-1], quality=90)
+# --- folder to index -------------------------------------------------------------------------------------------------
+
+
+def photographs(folder: Path, count: int) -> list[str]:
+    """JPEG files of 1632 x 1224 that weigh what photographs weigh."""
+    files = [str(folder / f"{seed:04d}.jpg") for seed in range(count)]
+    for seed, file in enumerate(files):
+        noise_picture(seed=seed).save(file, "JPEG", quality=90)
     return files
 
 
-def theirs(folder: Path, model: str, ours: Any) -> tuple[str, Any, Callable[[Any], torch.Tensor]]:
-    """What the loop runs: open_clip with the same weights, or, where it has no such model, our own plain model."""
-    if model != "PE-Core-B16-224":
-        return "our plain model", ours, lambda image: ours.preprocess(image)
-    for name in ("nms", "qnms"):  # a CUDA build of torchvision beside a CPU build of torch cannot be imported otherwise
-        if "+cpu" in torch.__version__:
-            torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    import open_clip
-
-    export(ours, folder / "open_clip.safetensors", layout="open_clip")
-    clip, _, transform = open_clip.create_model_and_transforms(
-        "PE-Core-B-16",
-        pretrained=str(folder / "open_clip.safetensors"),
-        # Its own default for a local file is another mean, another filter and a crop, and nothing says so.
-        image_mean=(0.5, 0.5, 0.5),
-        image_std=(0.5, 0.5, 0.5),
-        image_interpolation="bilinear",
-        image_resize_mode="squash",
-    )
-    return "open_clip", clip.eval(), transform
-
-
 @torch.inference_mode()
-def loop(files: list[str], model: Any, transform: Any, batch_size: int) -> tuple[np.ndarray, Any]:
-    """The script of a hundred notebooks."""
+def loop(files: list[str], model: Any, transform: Any, *, half: bool = False) -> np.ndarray:
+    """The script of a hundred notebooks; it gives back what it put into its index."""
     rows = []
-    for start in range(0, len(files), batch_size):
-        pixels = torch.stack([transform(Image.open(f).convert("RGB")) for f in files[start : start + batch_size]])
-        features = model.encode_image(pixels)
-        rows.append((features / features.norm(dim=-1, keepdim=True)).numpy())
+    for start in range(0, len(files), BATCH):
+        pixels = torch.stack([transform(Image.open(f).convert("RGB")) for f in files[start : start + BATCH]])
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            features = model.encode_image(pixels)
+        rows.append((features / features.norm(dim=-1, keepdim=True)).float().numpy())
     vectors = np.concatenate(rows)
     index = faiss.IndexFlatIP(vectors.shape[1])
     index.add(vectors)
-    return vectors, index
+    return vectors
 
 
-def folder_to_index(model: str, count: int, batch_size: int, rounds: int) -> dict[str, Any]:
-    """Seconds of both, in turns, on the same files."""
+def folder_to_index(dtype: str, threads: int, chosen: Options) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    faiss.omp_set_num_threads(threads)
+    (ours, theirs), count = (QUICK, 2) if chosen.quick else (MODEL, PICTURES)
+    plain = clip(ours)
+    peer = open_clip_model(clip(ours), theirs)
+    from open_clip import image_transform  # it can be imported now
+
+    side, middle = plain.preprocess.size, (0.5, 0.5, 0.5)
+    transform = image_transform(side, False, middle, middle, resize_mode="squash", interpolation="bilinear")
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+        folder, number = Path(name), itertools.count()
         (folder / "in").mkdir()
         files = photographs(folder / "in", count)
-        if model == "nano":
-            plain = pe.load_clip("PE-Core-nano", device="cpu")
+
+        def build(model: Any) -> Callable[[], pe.Index]:
+            return lambda: pe.Index.build(folder / "in", model, folder / f"out{next(number)}", batch_size=BATCH)
+
+        mine: dict[str, Callable[[], pe.Index]] = {}
+        peers: dict[str, Call] = {"open_clip loop": lambda: loop(files, peer, transform)}
+        left_out = {}
+        if dtype == "fp32":
+            mine = {"ours": build(optimize(plain)), "ours, plain": build(plain)}
         else:
-            torch.manual_seed(0)
-            entry = MODELS.get(model)
-            plain = pe.CLIP(
-                pe.VisionTransformer(entry.vision, entry.pixels), pe.TextTransformer(entry.text), entry.pixels
-            ).eval()
-        who, other, transform = theirs(folder, model, plain)
-        fast = optimize(plain)
-        wanted, _ = loop(files[:batch_size], other, transform, batch_size)
-        got = pe.embed(fast, files[:batch_size], batch_size=batch_size).numpy()
-        cosine = float((wanted * got).sum(axis=1).min())
-        assert cosine > 0.9999, f"the vectors differ: cosine {cosine}"
-        times: dict[str, list[float]] = {"loop": [], "ours, plain": [], "ours, fast": []}
-        for number in range(rounds):
-            started = time.perf_counter()
-            loop(files, other, transform, batch_size)
-            times["loop"].append(time.perf_counter() - started)
-            for label, clip in (("ours, plain", plain), ("ours, fast", fast)):
-                started = time.perf_counter()
-                pe.Index.build(folder / "in", clip, folder / f"{label}{number}", batch_size=batch_size)
-                times[label].append(time.perf_counter() - started)
-        rates = {label: spread([count / t for t in some], 3) for label, some in times.items()}
-        for label, rate in rates.items():
-            print(
-                f"{label:<12} {rate['median']:8.2f} pictures/s ({rate['median'] / rates['loop']['median']:.2f}x)",
-                flush=True,
-            )
-        return {
-            "model": model,
-            "the loop runs": who,
-            "pictures": count,
-            "of": "JPEG, 1632x1224",
-            "batch_size": batch_size,
-            "least cosine between the two": round(cosine, 6),
-            "pictures a second": rates,
-            "times the loop": {k: round(v["median"] / rates["loop"]["median"], 3) for k, v in rates.items()},
-        }
-
-
-def queries(rows: int, width: int, rounds: int) -> dict[str, Any]:
-    """Milliseconds of a query alone and of 64: faiss's flat index, our exact search, an inverted index of ours."""
-    random = torch.Generator().manual_seed(0)
-    middle = torch.randn(rows // 100, width, generator=random)
-    vectors = F.normalize(
-        middle[torch.randint(0, len(middle), (rows,), generator=random)] + torch.randn(rows, width, generator=random),
-        dim=1,
+            half = plain.to(torch.bfloat16)
+            mine = {"ours": build(optimize(half)), "ours, int8": build(optimize(half, "int8"))}
+            needed = forecast(count * flops(plain.config.vision), torch.bfloat16)
+            if needed > TOO_SLOW:
+                left_out["open_clip loop, autocast"] = f"it takes about {needed:.0f} s here"
+            else:
+                peers["open_clip loop, autocast"] = lambda: loop(files, peer, transform, half=True)
+        wanted = torch.from_numpy(loop(files, peer, transform))
+        differences = agree(wanted, {name: vectors_of(make()) for name, make in mine.items()}, cosine=0.998)
+        calls = {**mine, **peers}
+        limit = gemm(torch.float32 if dtype == "fp32" else torch.bfloat16, 1576, 768, 3072)
+        found = race(calls, limit, rounds=chosen.rounds, least=chosen.least, seconds=chosen.seconds)
+    case = describe(
+        found, folder_gates(dtype), threads, left_out=left_out, differences=differences, pictures=count, batch=BATCH
     )
-    asked = F.normalize(vectors[:64] + 0.02 * torch.randn(64, width, generator=random), dim=1)
-    flat = faiss.IndexFlatIP(width)
-    flat.add(vectors.numpy())
-    with tempfile.TemporaryDirectory() as name:
-        store = FaissStore.create(Path(name) / "flat", width)
-        approximate = FaissStore.create(Path(name) / "ivf", width)
-        for start in range(0, rows, 50_000):
-            ids = [str(i) for i in range(start, min(start + 50_000, rows))]
-            for one in (store, approximate):
-                one.add(ids, vectors[start : start + 50_000])
-        report = approximate.optimize(kind="ivf-flat", target_recall=0.95)
-        wanted = flat.search(asked.numpy(), 10)[1]
-        runs: dict[str, Callable[[int], Any]] = {
-            "faiss flat": lambda q: flat.search(asked[:q].numpy(), 10),
-            "ours, exact": lambda q: store.search(asked[:q], 10),
-            "ours, ivf-flat": lambda q: approximate.search(asked[:q], 10),
-        }
-        exact = np.array([[int(match.id) for match in row] for row in store.search(asked, 10)])
-        assert (np.sort(exact) == np.sort(wanted)).mean() > 0.999
-        found: dict[str, Any] = {}
-        for count in (1, 64):
-            times: dict[str, list[float]] = {label: [] for label in runs}
-            for _ in range(rounds):
-                for label, run in runs.items():
-                    started = time.perf_counter()
-                    run(count)
-                    times[label].append(1000 * (time.perf_counter() - started))
-            found[f"ms for {count}"] = {label: spread(some, 3) for label, some in times.items()}
-            for label, some in found[f"ms for {count}"].items():
-                print(f"{label:<16} {count:3} queries: {some['median']:9.2f} ms", flush=True)
-        ivf = np.array([[int(match.id) for match in row] for row in approximate.search(asked, 10)])
-        shares = [len(set(a) & set(b)) / 10 for a, b in zip(ivf, wanted, strict=True)]
+    rates = {name: round(count / (facts["ms"]["median"] / 1000), 3) for name, facts in case["contenders"].items()}
+    return {**case, "pictures a second": rates, "versions of": versions(("faiss-cpu", "pillow"))}
+
+
+def vectors_of(index: pe.Index) -> Tensor:
+    """All vectors of an index, in the order of their files."""
+    return torch.cat([rows.vectors for rows in index.store.scan()])
+
+
+def folder_gates(dtype: str) -> list[Gate]:
+    what, fp32, half = "folder to index, B16", ("open_clip loop",), ("open_clip loop, autocast",)
+    if dtype == "fp32":
+        return [Gate(what=f"{what} fp32 / open_clip loop", ours="ours", peers=fp32, least=1.0, aim=2.2)]
+    return [
+        Gate(what=f"{what} bf16 / open_clip loop fp32", ours="ours", peers=fp32, least=3.5, aim=4.2, needs=BF16),
+        Gate(what=f"{what} bf16 / open_clip loop autocast", ours="ours", peers=half, least=1.5, aim=1.7, needs=BF16),
+        Gate(
+            what=f"{what} int8 / open_clip loop autocast", ours="ours, int8", peers=half, least=2.2, aim=2.7, needs=BF16
+        ),
+    ]
+
+
+# --- queries ---------------------------------------------------------------------------------------------------------
+
+
+class Collection:
+    """The same vectors in every place that is searched."""
+
+    def __init__(self, folder: Path, rows: int, width: int):
+        random = torch.Generator().manual_seed(0)
+        middle = torch.randn(rows // 100, width, generator=random)
+        chosen = torch.randint(0, len(middle), (rows,), generator=random)
+        self.vectors = F.normalize(middle[chosen] + torch.randn(rows, width, generator=random), dim=1)
+        near = self.vectors[:64] + 0.02 * torch.randn(64, width, generator=random)
+        self.asked, self.folder = F.normalize(near, dim=1), folder
+        self.flat = faiss.IndexFlatIP(width)
+        self.flat.add(self.vectors.numpy())
+        for name in ("exact", "lists"):
+            store = FaissStore.create(folder / name, width)
+            for start in range(0, rows, 50_000):
+                some = self.vectors[start : start + 50_000]
+                store.add([str(i) for i in range(start, start + len(some))], some)
+        self.report = store.optimize(kind="ivf-flat", target_recall=0.95)
+
+    def searches(self, count: int) -> dict[str, Callable[[], np.ndarray]]:
+        """Each gives the rows it finds: count K. Ours has made its copies."""
+        asked, vectors = self.asked[:count], self.vectors
+        ours, lying, lists = (FaissStore(self.folder / name) for name in ("exact", "exact", "lists"))
+        lying.snapshot().copies.most = 0
+        for _ in range(exact.PATIENCE + 1 + vectors.nbytes // exact.AT_ONCE):
+            ours.search(asked, K)
+
+        def rows(store: FaissStore) -> np.ndarray:
+            return np.array([[int(match.id) for match in found] for found in store.search(asked, K)])
+
         return {
-            "rows": rows,
-            "width": width,
-            **found,
-            "recall@10 of ivf-flat on these queries": round(float(np.mean(shares)), 4),
-            "recall@10 it reports": report["measured"]["recall"],
-            "nprobe": report["index"]["effort"],
-            "lists": report["index"]["lists"],
+            "ours": lambda: rows(ours),
+            "ours, as it lies": lambda: rows(lying),
+            "matrix product": lambda: (asked @ vectors.T).topk(K).indices.numpy(),
+            "faiss flat": lambda: self.flat.search(asked.numpy(), K)[1],
+            "ours, inverted lists": lambda: rows(lists),
         }
+
+
+def same_products(collection: Collection, rows: np.ndarray, wanted: np.ndarray) -> bool:
+    """Whether two answers are the same, but for rows whose products float32 does not tell apart."""
+    asked = collection.asked[: len(rows), None].double()
+    one, other = ((collection.vectors[torch.from_numpy(r)].double() * asked).sum(dim=-1) for r in (rows, wanted))
+    return bool(((one - other).abs() < 1e-6).all()) and all(len(set(row)) == K for row in rows.tolist())
+
+
+def queries(collection: Collection, count: int, threads: int, chosen: Options) -> dict[str, Any]:
+    torch.set_num_threads(threads)
+    faiss.omp_set_num_threads(threads)
+    calls = collection.searches(count)
+    found = {name: call() for name, call in calls.items()}
+    wanted, lists = found["faiss flat"], found.pop("ours, inverted lists")
+    for name, rows in found.items():
+        assert same_products(collection, rows, wanted), f"{name} is not exact"
+    recall = np.mean([len(set(a) & set(b)) / K for a, b in zip(lists, wanted, strict=True)])
+    limit = read_sweep() if count == 1 else gemm(torch.float32, count, collection.vectors.shape[1], 8192)
+    rounds = race(calls, limit, rounds=chosen.rounds, least=chosen.least, seconds=chosen.seconds)
+    least, aim = {1: (3, 5.5), 64: (8, 17)}[count]
+    what = f"exact search, {count} {'query' if count == 1 else 'queries'} / faiss flat"
+    gate = Gate(what=what, ours="ours", peers=("faiss flat",), least=least, aim=aim, needs=BF16)
+    case = describe(rounds, [gate], threads)
+    rates = {name: round(1000 * count / facts["ms"]["median"], 1) for name, facts in case["contenders"].items()}
+    measured, index = collection.report["measured"], collection.report["index"]
+    return {
+        **case,
+        "rows": len(collection.vectors),
+        "width": collection.vectors.shape[1],
+        "queries a second": rates,
+        "inverted lists": {
+            "lists": index["lists"],
+            "nprobe": index["effort"],
+            "recall@10 it reports": measured["recall"],
+            "recall@10 here": round(float(recall), 4),
+        },
+        "versions of": versions(("faiss-cpu",)),
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="PE-Core-B16-224")
-    parser.add_argument("--pictures", type=int, default=24)
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--rows", type=int, default=100_000)
-    parser.add_argument("--width", type=int, default=512)
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--only", choices=["folder", "queries"])
-    parser.add_argument("--no-record", action="store_true")
-    given = parser.parse_args()
+    chosen, cases = options(__doc__), {}
     logging.getLogger("perception_encoder").setLevel(logging.ERROR)
-    torch.set_num_threads(given.threads)
-    faiss.omp_set_num_threads(given.threads)
-    result: dict[str, Any] = {"threads": given.threads}
-    if given.only != "queries":
-        result["folder to index"] = folder_to_index(given.model, given.pictures, given.batch_size, given.rounds)
-    if given.only != "folder":
-        result["queries"] = queries(given.rows, given.width, max(5, given.rounds))
-    if not given.no_record:
-        name = "retrieval" + (f"_{given.only}" if given.only else "") + ("_nano" if given.model == "nano" else "")
-        print(record(name, result, ("torch", "numpy", "pillow", "faiss-cpu", "open-clip-torch")))
+    for threads, dtype in itertools.product(chosen.threads, ("fp32", "bf16")):
+        name = f"folder {dtype}, {threads} threads"
+        if chosen.wants(name) and not (chosen.quick and dtype == "bf16"):
+            cases[name] = folder_to_index(dtype, threads, chosen)
+            show(f"folder {dtype}", cases[name])
+            save("retrieval", __doc__, cases, chosen)
+    names = {(t, q): f"queries {q} at once, {t} threads" for t in chosen.threads for q in (1, 64)}
+    if not any(map(chosen.wants, names.values())):
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        collection = Collection(Path(folder), *((20_000, 256) if chosen.quick else (ROWS, WIDTH)))
+        for (threads, count), name in names.items():
+            if chosen.wants(name):
+                cases[name] = queries(collection, count, threads, chosen)
+                show(f"queries {count} at once", cases[name])
+                save("retrieval", __doc__, cases, chosen)
 
 
 if __name__ == "__main__":

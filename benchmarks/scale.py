@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from decode import answer, batch_of, slice_of_1b
+from decode import answer, batch_of
 from harness import conditions, options, save
 from peers import randomise
 from pixels import noise_picture
@@ -31,7 +31,9 @@ from perception_encoder.config import TextConfig
 from perception_encoder.text import TextTransformer
 from perception_encoder.vision import VisionTransformer
 from perception_encoder.zoo import MODELS
+from perception_lm.checkpoints import builder
 from perception_lm.generation import prefill
+from perception_lm.zoo import MODELS as LANGUAGE_MODELS
 
 PAGE = Path(__file__).parent / "scale.md"
 Point = tuple[int, Callable[[], object]]
@@ -73,22 +75,50 @@ def frames() -> Iterator[Point]:
         yield n, lambda c=clip: model.pooled(rule.frames(c))
 
 
+def quarter_of_1b() -> Any:
+    """Perception-LM-1B with every width, head count and the vocabulary a quarter, and four layers: the proportions of
+    the whole, at a sixteenth of the work a layer."""
+    config = LANGUAGE_MODELS.get("Perception-LM-1B").config
+    d = config.decoder
+    decoder = replace(
+        d,
+        width=d.width // 4,
+        depth=4,
+        heads=d.heads // 4,
+        kv_heads=d.kv_heads // 4,
+        mlp_width=d.mlp_width // 4,
+        vocab=d.vocab // 4,
+    )
+    vision = replace(config.vision, width=64, depth=1, heads=1, mlp_width=64)
+    projector = replace(config.projector, in_width=64, width=decoder.width)
+    config = replace(config, decoder=decoder, vision=vision, projector=projector)
+    return optimize(randomise(builder(config, decoder.vocab - 254)))
+
+
 def prompt() -> Iterator[Point]:
-    """The first token after a prompt of n tokens: four layers of Perception-LM-1B."""
-    model = optimize(slice_of_1b()[1])
-    for n in (64, 256, 512, 1024, 2048):
-        tokens = torch.randint(0, 128_000, (1, n))
+    """The first token after a prompt of n tokens: four layers of a quarter of Perception-LM-1B's widths."""
+    model = quarter_of_1b()
+    for n in (64, 256, 512, 1024, 2048, 4096):
+        tokens = torch.randint(0, 30_000, (1, n))
         yield n, lambda t=tokens, n=n: prefill(model, batch_of(t, [n]), n + 1)
 
 
 def context() -> Iterator[Point]:
-    """Eight more tokens after n: four layers of Perception-LM-1B, the prompt kept from the call before."""
+    """Eight more tokens after n, whose keys and values are kept from the call before: the model of the prompt."""
     from perception_lm.generation import Session
 
-    model = optimize(slice_of_1b()[1])
-    for n in (64, 512, 1024, 2048, 4096):
-        tokens, session = torch.randint(0, 128_000, (1, n)), Session()
+    model = quarter_of_1b()
+    for n in (64, 512, 1024, 2048, 4096, 8192):
+        tokens, session = torch.randint(0, 30_000, (1, n)), Session()
         yield n, lambda t=tokens, n=n, s=session: answer(model, batch_of(t, [n]), 8, reuse=s)
+
+
+def answers() -> Iterator[Point]:
+    """Eight more tokens for each of n prompts of 32 tokens in one batch: the model of the prompt."""
+    model = quarter_of_1b()
+    for n in (1, 2, 4, 8, 16, 32):
+        tokens = torch.randint(0, 30_000, (n, 32))
+        yield n, lambda t=tokens, n=n: answer(model, batch_of(t, [32] * n), 8)
 
 
 def prompts() -> Iterator[Point]:
@@ -111,6 +141,7 @@ CURVES = {
     "Frames": frames,
     "Prompt": prompt,
     "Context": context,
+    "Answers": answers,
     "Prompts": prompts,
 }
 

@@ -12,7 +12,7 @@ from record import RESULTS, ROOT
 
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
 README = ROOT / "README.md"
-ORDER = ("encoder", "text", "pixels", "tiling", "decode", "load", "import_time", "first_image", "lm_loss")
+ORDER = ("encoder", "text", "pixels", "tiling", "decode", "load", "import_time", "first_image", "lm_loss", "retrieval")
 
 
 def rows(results: Path = RESULTS) -> dict[str, dict[int, dict[str, Any]]]:

@@ -74,7 +74,8 @@ def measure(size: tuple[int, int], threads: int, chosen: Options) -> dict:
         "transformers": lambda: processor(image, return_tensors="pt"),  # type: ignore[operator]
         "plain Pillow": lambda: with_pillow(image),
     }
-    found = race(calls, gemm(torch.float32, 512, 1024, 1024), rounds=chosen.rounds, least=chosen.least)
+    limit = gemm(torch.float32, 512, 1024, 1024)
+    found = race(calls, limit, rounds=chosen.rounds, least=chosen.least, seconds=chosen.seconds)
     what, gates = f"{len(theirs)} tiles", []
     if len(theirs) == 36:
         gates = [

@@ -113,10 +113,10 @@ def reference(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None
 def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
     """PyTorch's fused kernels. Its own `is_causal` counts from the first key, so it is used only when N = S."""
     n, s, shared = q.shape[1], k.shape[1], q.shape[2] != k.shape[2]
-    if causal and 1 < n < s:
-        mask = causal_mask(n, s, q.device)
+    if causal and n < s:  # a single query sees all
+        causal, mask = False, causal_mask(n, s, q.device) if n > 1 else None
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal and n == s, enable_gqa=shared)
+    x = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, enable_gqa=shared)
     return x.transpose(1, 2)
 
 

@@ -31,7 +31,9 @@ def optimize(model: Any, quantize: Quantize | None = None, *, keep: bool = True,
     """A twin of `model` for inference that takes the same calls and is faster.
 
     model     anything whose class names its twin: CLIP, VisionTransformer, TextTransformer, PerceptionLM, Assistant
-    quantize  None is exact up to rounding; "int8" and "int4" trade a little accuracy for speed and memory
+    quantize  None is exact up to rounding; "int8" and "int4" trade a little accuracy for speed and memory. An encoder's
+              first block and its pooling stay exact. PE-Core-nano on the bundled pictures, where products saturate and
+              take 7.5 bits: cosine 0.9997 or more for every embedding, 0.999 for 99 of 100 patches, 0.998 for all
     keep      False empties `model` while the twin is made, so that both never fill the memory together
     build     False never starts a compiler; kernels compiled before are still used
 
@@ -45,6 +47,7 @@ def optimize(model: Any, quantize: Quantize | None = None, *, keep: bool = True,
             f"{type(model).__name__} has no fast twin; optimize() takes CLIP, VisionTransformer, TextTransformer, "
             "PerceptionLM and Assistant, and leaves other libraries' parts inside them as they are"
         )
+    import_module("perception.kernels.linear").renew()
     return optimize_part(model, Plan(quantize, keep, build))
 
 

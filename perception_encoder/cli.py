@@ -235,21 +235,25 @@ def train_encoder(
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Train or finetune an encoder as a run file says; the same command continues a run. Under torchrun, on many."""
+    """Train, finetune or probe an encoder as a run file says; run again, it continues. Under torchrun, on many."""
     import logging
 
-    from perception_encoder.training.config import load_run, run_names
-    from perception_encoder.training.launch import rehearse, train
+    from perception_encoder.training import launch, probing
+    from perception_encoder.training.config import ProbeRun, load_run, run_names
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if not Path(run).exists() and Path(run).name.removesuffix(".toml") not in run_names():
         raise ConfigError(f"no run file at {run}; those of the package are {', '.join(run_names())}")
     settings = load_run(run, override or ())
     if dry_run:
-        found = rehearse(settings)
+        found = probing.rehearse(settings) if isinstance(settings, ProbeRun) else launch.rehearse(settings)
         show(found, as_json, lambda: "\n".join(f"{key:<12}{value}" for key, value in found.items()))
         return
-    if not train(settings):
+    if isinstance(settings, ProbeRun):
+        found = probing.probe(settings)
+        show({"out": settings.out, **found}, as_json, lambda: probing.summary(found))
+        return
+    if not launch.train(settings):
         note(f"stopped; the same command continues it from {settings.out}")
         raise typer.Exit(1)
     folder = str(Path(settings.out) / "model")

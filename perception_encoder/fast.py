@@ -28,6 +28,7 @@ T = TypeVar("T")
 ROWS = 1600  # tokens that go through the blocks together: enough for the products, few enough for the caches
 ROWS_PER_THREAD = 128
 TEXTS = 256  # texts that make one tree
+EXACT = 1  # blocks, from the first on, that int8 leaves alone: what they get wrong, all blocks after them pass on
 
 
 def fast_clip(model: CLIP, plan: Plan) -> CLIP:
@@ -84,7 +85,7 @@ class FastVision(FastPart):
         with torch.no_grad():
             self.patch_embed = make.linear(tower.patch_embed.weight.flatten(1), None, exact=True)
             self.norm_pre = make.norm(tower.norm_pre)
-            self.blocks = [make.block(block) for block in tower.blocks]
+            self.blocks = [make.block(block, exact=index < EXACT) for index, block in enumerate(tower.blocks)]
             self.norm_post = make.norm(tower.norm_post)
             self.pool = None if tower.pool is None else FastPool(tower.pool, make)
             project = getattr(tower.project, "weight", None)
@@ -419,19 +420,19 @@ class Maker:
         twin.weight, twin.bias = (frozen(p.to(self.compute, copy=True)) for p in (norm.weight, norm.bias))
         return FastNorm(twin, self.ops)
 
-    def mlp(self, mlp: Mlp, scale: nn.Module | None = None) -> FastMlp:
-        fc1 = self.linear(mlp.fc1.weight, mlp.fc1.bias)
-        return FastMlp(fc1, self.linear(mlp.fc2.weight, mlp.fc2.bias, gain_of(scale)), self.ops)
+    def mlp(self, mlp: Mlp, scale: nn.Module | None = None, *, exact: bool = False) -> FastMlp:
+        fc1 = self.linear(mlp.fc1.weight, mlp.fc1.bias, exact=exact)
+        return FastMlp(fc1, self.linear(mlp.fc2.weight, mlp.fc2.bias, gain_of(scale), exact=exact), self.ops)
 
-    def block(self, block: Block) -> FastBlock:
+    def block(self, block: Block, *, exact: bool = False) -> FastBlock:
         return self._done(
             block,
             FastBlock(
                 self.norm(block.norm1),
-                self.linear(block.attn.qkv.weight, block.attn.qkv.bias),
-                self.linear(block.attn.proj.weight, block.attn.proj.bias, gain_of(block.ls1)),
+                self.linear(block.attn.qkv.weight, block.attn.qkv.bias, exact=exact),
+                self.linear(block.attn.proj.weight, block.attn.proj.bias, gain_of(block.ls1), exact=exact),
                 self.norm(block.norm2),
-                self.mlp(block.mlp, block.ls2),
+                self.mlp(block.mlp, block.ls2, exact=exact),
                 block.attn.heads,
             ),
         )

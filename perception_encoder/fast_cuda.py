@@ -30,7 +30,10 @@ from perception_encoder.vision import VisionTransformer, check_layers, check_pix
 GRAPH_BATCH = 8  # up to here starting the kernels costs more than a copy of the pixels
 GRAPHS = 16  # shapes remembered
 TABLES = 64  # grids remembered
+MODE = "max-autotune-no-cudagraphs"  # of the compiler: what is large enough for it needs no graph
 Branch = tuple[Tensor, Tensor | None]  # what a block still owes to x, and its gain
+Function = Callable[[Tensor], tuple[Tensor, ...]]
+Runner = Callable[[Any, Function, Tensor], tuple[Tensor, ...]]  # (key, function, pixels) -> function(pixels)
 
 
 def fast_vision(tower: VisionTransformer, plan: Plan) -> "CudaVision":
@@ -70,7 +73,16 @@ class CudaVision(FastPart):
         self.pool = None if tower.pool is None else CudaPool(tower.pool)
         self.project = Product(tower.project.weight.detach()) if isinstance(tower.project, nn.Linear) else None
         self.graphs = Graphs(GRAPHS)
+        self.large: Runner = directly
         self._tables: dict[tuple[int, int], tuple[Tensor, Rope]] = {}
+
+    def compile(self, **options: Any) -> None:
+        """Batches above GRAPH_BATCH go through `torch.compile` from now on, "max-autotune-no-cudagraphs" unless another
+        mode is given: minutes at the first batch of each kind. Whether it is worth them is for a GPU to say.
+
+        The compiler sees the plain twins of the kernels and fuses them its own way. Small batches stay with graphs.
+        """
+        self.large = Compiled(**{"mode": MODE, **options})
 
     @property
     def device(self) -> torch.device:
@@ -143,7 +155,7 @@ class CudaVision(FastPart):
             self.layers(sample_picture(self.config.image_size, self.pos_embed), [len(self.blocks) - 1], False)
         return [product.settle("int8") for product in products]
 
-    def _run(self, key: Any, function: Callable[[Tensor], tuple[Tensor, ...]], pixels: Tensor) -> tuple[Tensor, ...]:
+    def _run(self, key: Any, function: Function, pixels: Tensor) -> tuple[Tensor, ...]:
         """Small batches through a graph, large ones directly; what comes back is the caller's to keep."""
         self.check_inference(pixels)
         with torch.no_grad():
@@ -151,7 +163,7 @@ class CudaVision(FastPart):
             self._table(*self.grid_of(pixels))  # before any graph, which only reads it
             if 0 < len(pixels) <= GRAPH_BATCH:
                 return tuple(x.clone() for x in self.graphs(key, function, pixels))
-            return function(pixels)
+            return self.large(key, function, pixels)
 
     def _table(self, h: int, w: int) -> tuple[Tensor, Rope]:
         """Positions and angles of a grid. Graphs read them where they lie, so they go together."""
@@ -162,6 +174,23 @@ class CudaVision(FastPart):
             pos = self.positions(h, w)
             self._tables[h, w] = pos, rope_2d(h, w, self.config.head_dim, prefix=len(pos) - h * w, device=pos.device)
         return self._tables[h, w]
+
+
+def directly(key: Any, function: Function, pixels: Tensor) -> tuple[Tensor, ...]:
+    return function(pixels)
+
+
+class Compiled:
+    """Runs functions through `torch.compile`, each key's compiled once."""
+
+    def __init__(self, **options: Any):
+        self.options = options
+        self.kept: dict[Any, Function] = {}
+
+    def __call__(self, key: Any, function: Function, pixels: Tensor) -> tuple[Tensor, ...]:
+        if key not in self.kept:
+            self.kept[key] = torch.compile(function, **self.options)
+        return self.kept[key](pixels)
 
 
 class CudaText(FastPart):

@@ -25,20 +25,39 @@ PartRows = Annotated[int, typer.Option(min=1, help="Rows of a part: what a kill 
 Workers = Annotated[int | None, typer.Option(min=1, help="Threads that read and resize.")]
 Vectors = Annotated[str, typer.Option("--vectors", help="float32 or float16, on disk.")]
 FileList = Annotated[Path | None, typer.Option("--files", help="A text file with one picture file a line.")]
-Video = Annotated[str, typer.Option(help="Of videos: frames, or clips of several frames that make one vector.")]
-Fps = Annotated[float, typer.Option(help="Frames a second, with --video frames.")]
-Seconds = Annotated[float, typer.Option(help="Length of a clip, with --video clips.")]
-Frames = Annotated[int, typer.Option(help="Frames of a clip, with --video clips.")]
+Video = Annotated[
+    str | None, typer.Option(help="Videos: frames (the default), or clips of several frames that make one vector.")
+]
+Fps = Annotated[float | None, typer.Option(help="Frames a second, of --video frames; 1 by default.")]
+Seconds = Annotated[float | None, typer.Option(help="Length of a clip, of --video clips; 10 by default.")]
+Frames = Annotated[int | None, typer.Option(help="Frames of a clip, of --video clips; 8 by default.")]
 ImageColumn = Annotated[str | None, typer.Option(help="Parquet: the column of pictures or their paths.")]
 TextColumn = Annotated[str | None, typer.Option(help="Parquet: the column of captions.")]
 IdColumn = Annotated[str | None, typer.Option(help="Parquet: the column of ids.")]
 Keep = Annotated[list[str] | None, typer.Option("--keep", help="Parquet: a column to keep; may repeat.")]
 Texts = Annotated[bool, typer.Option("--texts", help="Parquet: embed the texts, not the pictures.")]
 Memory = Annotated[str | None, typer.Option(help="What a search may keep in memory, such as 8GB.")]
-Latency = Annotated[float | None, typer.Option(help="Milliseconds of one query.")]
+Latency = Annotated[float | None, typer.Option(min=0.001, help="Milliseconds of one query.")]
 Recall = Annotated[float, typer.Option(help="Share of the 10 nearest that must be found.")]
-Kind = Annotated[str, typer.Option(help="auto, flat, ivf-flat, ivf-sq8, ivf-pq, hnsw")]
+Kind = Annotated[
+    str,
+    typer.Option(
+        help="auto; flat: exact; ivf-flat, ivf-sq8, ivf-pq: lists of vectors whole, in 8 bits a number, or "
+        "in fewest bytes; hnsw: a graph."
+    ),
+]
+IndexModel = Annotated[
+    str | None, typer.Option("--model", help="The model of an index that does not name one, or names one elsewhere.")
+]
 Fast = Annotated[bool, typer.Option("--fast", help="Use this machine's fastest operators (perception.optimize).")]
+
+
+# Options that only parts have, and that only embedding has; names that are not those of their flags.
+OF_SOURCES = {"video", "fps", "seconds", "frames", "image_column", "text_column", "id_column", "keep", "texts"}
+OF_PARTS = OF_SOURCES | {"engine", "processes", "gpus", "part_rows", "vectors", "file_format"}
+OF_EMBEDDING = OF_SOURCES | {"batch_size", "on_error", "part_rows", "vectors", "workers"}
+FLAGS = {"file_format": "format"}
+KINDS = {"text": "lines of text", "tar": "tars", "parquet": "Parquet", "video": "videos"}
 
 
 class _BuildByDefault(TyperGroup):
@@ -61,6 +80,7 @@ def register(app: typer.Typer) -> None:
 
 
 def embed(
+    context: typer.Context,
     sources: Sources = [],  # noqa: B006 - typer copies it
     out: Annotated[
         Path, typer.Option("--out", "-o", help="One .safetensors file for pictures, or a folder for parts.")
@@ -82,10 +102,10 @@ def embed(
     file_format: Annotated[str, typer.Option("--format", help="Of parts: safetensors, parquet.")] = "safetensors",
     workers: Workers = None,
     files: FileList = None,
-    video: Video = "frames",
-    fps: Fps = 1.0,
-    seconds: Seconds = 10.0,
-    frames: Frames = 8,
+    video: Video = None,
+    fps: Fps = None,
+    seconds: Seconds = None,
+    frames: Frames = None,
     image_column: ImageColumn = None,
     text_column: TextColumn = None,
     id_column: IdColumn = None,
@@ -95,13 +115,15 @@ def embed(
     as_json: Json = False,
 ) -> None:
     """One vector an input: a safetensors file, or parts that can be killed, resumed and shared between processes."""
-    if out.suffix == ".safetensors":
-        _embed_file(_given(sources, files), out, model, config, device, dtype, batch_size, on_error, normalize, as_json)
-        return
-    found = _source(
-        _given(sources, files), video, fps, seconds, frames, image_column, text_column, id_column, keep, texts
-    )
+    given, typed = _given(sources, files), _typed(context)
     load = _loader(model, config, device, dtype, fast)
+    if out.suffix == ".safetensors":
+        _refuse(typed & OF_PARTS, "for parts; give a folder, such as -o embeddings/")
+        _embed_file(load, given, out, batch_size, on_error or "raise", normalize, workers, as_json)
+        return
+    if engine != "ray":
+        _refuse(typed & {"gpus"}, "for --engine ray")
+    found = _source(given, video, fps, seconds, frames, image_column, text_column, id_column, keep, texts)
     settings: dict[str, Any] = {
         "batch_size": batch_size,
         "part_rows": part_rows,
@@ -112,6 +134,7 @@ def embed(
         "workers": workers,
         "progress": True,
     }
+    before = _whole(out)
     parts = _embed_parts(load, found, out, engine, processes, gpus, settings)
     if os.environ.get("RANK", "0") != "0":
         return
@@ -123,7 +146,9 @@ def embed(
         "rows": len(parts),
         "failed": [{"source": f.source, "reason": f.reason} for f in failed],
     }
-    text = f"{out}: {result['rows']} vectors in {result['finished']} of {result['parts']} parts, {len(failed)} failed"
+    there = f" ({before} were there already)" if before else ""
+    made = f"{result['rows']} vectors in {result['finished']} of {result['parts']} parts{there}"
+    text = f"{out}: {made}, {len(failed)} failed"
     show(result, as_json, lambda: text)
 
 
@@ -146,29 +171,31 @@ def _embed_parts(
 
 
 def _embed_file(
+    load: Any,
     sources: list[str],
     out: Path,
-    model: str,
-    config: Path | None,
-    device: str,
-    dtype: str,
     batch_size: int,
-    on_error: str | None,
+    on_error: str,
     normalize: bool,
+    workers: int | None,
     as_json: bool,
 ) -> None:
     from perception_encoder.retrieval.embed import Embeddings, embed_images, fingerprint, save_embeddings
+    from perception_encoder.retrieval.sources import kind_of_all
 
-    encoder = cli._load_any(model, config, device, dtype)
-    files, failures = cli._files(sources), []  # type: ignore[var-annotated]
+    if (kind := kind_of_all(sources)) != "image":
+        raise ConfigError(f"a .safetensors file takes pictures alone; for {KINDS[kind]} give a folder: -o embeddings/")
+    encoder, files = load(), cli._files(sources)
+    failures: list[Any] = []
     vectors = embed_images(
         encoder,
         files,
         batch_size=batch_size,
         normalize=normalize,
         progress=True,
-        on_error=on_error or "raise",
+        on_error=on_error,
         failures=failures,
+        workers=workers,
     )
     lost = {failure.row for failure in failures}
     names = [cli._text(file) for index, file in enumerate(files) if index not in lost]
@@ -183,6 +210,7 @@ def _embed_file(
 
 
 def build(
+    context: typer.Context,
     sources: Sources = [],  # noqa: B006
     out: Annotated[Path, typer.Option("--out", "-o", help="A folder for the index.")] = Path("index"),
     model: Annotated[
@@ -205,10 +233,10 @@ def build(
     vectors: Vectors = "float32",
     workers: Workers = None,
     files: FileList = None,
-    video: Video = "frames",
-    fps: Fps = 1.0,
-    seconds: Seconds = 10.0,
-    frames: Frames = 8,
+    video: Video = None,
+    fps: Fps = None,
+    seconds: Seconds = None,
+    frames: Frames = None,
     image_column: ImageColumn = None,
     text_column: TextColumn = None,
     id_column: IdColumn = None,
@@ -220,14 +248,28 @@ def build(
     """A searchable index of pictures (or texts, or videos), chosen and tuned for memory, time and recall."""
     from perception_encoder.retrieval.index import Index
     from perception_encoder.retrieval.making import is_parts
+    from perception_encoder.retrieval.parts import read_plan
 
     given = _given(sources, files)
     if len(given) == 1 and is_parts(given[0]):
+        _refuse(_typed(context) & OF_EMBEDDING, f"for embedding; {given[0]} holds vectors already")
         found: Any = given[0]
-        encoder = _loader(model, config, device, dtype, fast)() if model else None
+        named = model or (read_plan(given[0]).model if query else None)
+        encoder = _loader(named, config, device, dtype, fast)() if named else None
         settings: dict[str, Any] = {}
     else:
-        found = _source(given, video, fps, seconds, frames, image_column, text_column, id_column, keep, texts)
+        found = _source(
+            given,
+            video,
+            fps,
+            seconds,
+            frames,
+            image=image_column,
+            text=text_column,
+            id=id_column,
+            keep=keep,
+            texts=texts,
+        )
         encoder = _loader(model or DEFAULT_MODEL, config, device, dtype, fast)()
         settings = {
             "batch_size": batch_size,
@@ -257,14 +299,32 @@ def add(
     index: IndexFolder,
     sources: Sources = [],  # noqa: B006
     on_duplicate: Annotated[str, typer.Option(help="What is there already: skip, replace, or error.")] = "skip",
+    model: IndexModel = None,
+    config: ConfigFile = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     batch_size: BatchSize = 64,
+    on_error: OnError = "log",
+    workers: Workers = None,
+    files: FileList = None,
+    video: Video = None,
+    fps: Fps = None,
+    seconds: Seconds = None,
+    frames: Frames = None,
+    image_column: ImageColumn = None,
+    text_column: TextColumn = None,
+    id_column: IdColumn = None,
+    keep: Keep = None,
+    texts: Texts = False,
     merged: Annotated[bool, typer.Option("--merge", help="Fold the new pictures into the index.")] = False,
     as_json: Json = False,
 ) -> None:
     """Embed more inputs and add them; searches find them at once."""
-    opened = _open(index)
-    options = {"batch_size": batch_size, "progress": True}
-    added = opened.add(sources if len(sources) > 1 else sources[0], on_duplicate=on_duplicate, **options)
+    given = _given(sources, files)
+    found = _source(given, video, fps, seconds, frames, image_column, text_column, id_column, keep, texts)
+    opened = _open(index, model, config, device, dtype)
+    options = {"batch_size": batch_size, "on_error": on_error or "log", "workers": workers, "progress": True}
+    added = opened.add(found, on_duplicate=on_duplicate, **options)
     if merged:
         opened.merge()
     show(
@@ -335,7 +395,9 @@ def export(
     """Write the vectors for other tools: .npy beside Parquet."""
     from perception_encoder.retrieval.exchange import export_vectors
 
-    found = export_vectors(_open(index).store, out, layout=layout)  # type: ignore[arg-type]
+    opened = _open(index)
+    which = "text" if opened.facts.kind == "text" else "image"
+    found = export_vectors(opened.store, out, layout=layout, which=which)  # type: ignore[arg-type]
     show({"out": str(out), **found}, as_json, lambda: f"{out}: {found['rows']} rows in {found['files']} files")
 
 
@@ -381,10 +443,14 @@ def search(
         typer.Option("--filter", help="NAME=VALUE, also != < <= > >= and ~ for part of a text; may repeat."),
     ] = None,
     html: Annotated[Path | None, typer.Option(help="Write a page with the pictures in it.")] = None,
+    model: IndexModel = None,
+    config: ConfigFile = None,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
     """The pictures nearest to a sentence, a picture, or several of them."""
-    opened = _open(index)
+    opened = _open(index, model, config, device, dtype)
     examples = [*(query or []), *(opened.vector(one) for one in like or [])]
     if not examples:
         raise ConfigError(
@@ -396,7 +462,8 @@ def search(
         from perception_encoder.retrieval.sheet import contact_sheet
 
         with atomic_write(html) as temporary:
-            temporary.write_text(contact_sheet(opened, hits, ", ".join(query or like or [])), "utf-8")
+            title = ", ".join([*(query or []), *(like or [])]) + (f", not {', '.join(minus)}" if minus else "")
+            temporary.write_text(contact_sheet(opened, hits, title), "utf-8")
         note(f"wrote {html}")
     found = [{**hit._asdict(), "path": cli._text(hit.path), "id": cli._text(hit.id)} for hit in hits]
     rows = [[f"{hit.score:.4f}", cli._text(hit.id), _about(hit)] for hit in hits]
@@ -434,19 +501,25 @@ def _value(text: str) -> Any:
 
 
 def _report_text(found: dict[str, Any]) -> str:
+    from perception_encoder.retrieval.choice import show_bytes
+
     facts, now, built = found["facts"], found["now"], found["built"]
-    lines = [f"{'model':<16}{facts['model']}  ({facts['fingerprint']})"]
+    named = facts["model"] or ("nobody said which" if facts["fingerprint"] == "unknown" else "built by hand")
+    lines = [f"{'model':<16}{named}  ({facts['fingerprint']})", f"{'store':<16}{facts['store']}, of {facts['kind']}s"]
     lines += [f"{name:<16}{now[name]}" for name in ("rows", "width", "version", "deleted") if name in now]
     if not built:
         return "\n".join(lines)
     index, measured = built["index"], built["measured"]
-    lines.append(f"{'index':<16}{index['kind']}, {index['in words']} in memory; {index['why']}")
+    lines.append(f"{'index':<16}{index['kind']}, {show_bytes(now['memory'])} in memory; {index['why']}")
+    since = "" if built["rows"] == now["rows"] else f" (when there were {built['rows']} rows)"
     if measured["recall"] is not None:
         queries = ", ".join(f"{count} {name}" for name, count in measured["queries"].items())
-        lines.append(f"{'recall@' + str(measured['k']):<16}{measured['recall']:.4f}  against exact search; {queries}")
-        lines.append(f"{'a query':<16}{1000 * measured['seconds a query']:.2f} ms")
+        against = f"against exact search; queries: {queries}{since}"
+        lines.append(f"{'recall@' + str(measured['k']):<16}{measured['recall']:.4f}  {against}")
+        lines.append(f"{'a query':<16}{1000 * measured['seconds a query']:.2f} ms{since}")
     missed = [name for name, met in built["met"].items() if not met]
-    lines.append(f"{'budgets':<16}{'not met: ' + ', '.join(missed) if missed else 'met'}")
+    if any(built["asked"][name] is not None for name in ("max_memory", "max_latency")) or missed:
+        lines.append(f"{'budgets':<16}{'not met: ' + ', '.join(missed) if missed else 'met'}")
     if now.get("searched one by one") and now.get("indexed"):
         lines.append(
             f"{'added since':<16}{now['searched one by one']} (looked at one by one; `perception index merge`)"
@@ -470,29 +543,37 @@ def _given(sources: list[str], files: Path | None) -> list[str]:
 
 def _source(
     given: list[str],
-    video: str,
-    fps: float,
-    seconds: float,
-    frames: int,
+    video: str | None,
+    fps: float | None,
+    seconds: float | None,
+    frames: int | None,
     image: str | None,
     text: str | None,
     id: str | None,
     keep: list[str] | None,
     texts: bool,
 ) -> Any:
-    """The source, with those of the options that its kind knows."""
+    """The source, with the options its kind knows. Raises ConfigError for those of another kind."""
     from perception_encoder.retrieval.sources import as_source, kind_of_all
 
     kind = kind_of_all(given)
-    if kind == "video":
-        sizes = {"fps": fps} if video == "frames" else {"seconds": seconds, "frames": frames}
-        return as_source(given, video=video, **sizes)  # type: ignore[arg-type]
-    columns: dict[str, Any] = {"image": image, "text": text, "id": id, "keep": tuple(keep or ())}
+    columns = {"image": image, "text": text, "id": id, "keep": tuple(keep) if keep else None, "shown": texts or None}
+    options: dict[str, Any] = {name: value for name, value in columns.items() if value is not None}
     if kind == "parquet":
-        return as_source(given, **columns, shown="text" if texts else "image")
-    if texts or any(columns.values()):
-        raise ConfigError("--image-column, --text-column, --id-column, --keep and --texts are for Parquet")
-    return as_source(given)
+        return as_source(given, **{**options, "shown": "text" if texts else "image"})
+    if options:
+        raise ConfigError(f"--image-column, --text-column, --id-column, --keep and --texts are for Parquet, not {kind}")
+    sizes: dict[str, Any] = {"fps": fps} if (video or "frames") == "frames" else {"seconds": seconds, "frames": frames}
+    unused = {"fps": fps, "seconds": seconds, "frames": frames, "video": video}
+    if kind == "video":
+        unused = {name: value for name, value in unused.items() if name not in ("video", *sizes)}
+    if wrong := [f"--{name}" for name, value in unused.items() if value is not None]:
+        where = f"--video {video or 'frames'}" if kind == "video" else f"{kind}s"
+        raise ConfigError(f"{', '.join(wrong)}: not for {where}")
+    if kind != "video":
+        return as_source(given)
+    sizes = {name: value for name, value in sizes.items() if value is not None}
+    return as_source(given, video=video or "frames", **sizes)  # type: ignore[arg-type]
 
 
 def _loader(model: str, config: Path | None, device: str, dtype: str, fast: bool) -> Any:
@@ -515,7 +596,37 @@ def load_model(model: str, config: Path | None, device: str, dtype: str, fast: b
     return loaded
 
 
-def _open(folder: Path) -> Any:
-    from perception_encoder.retrieval.index import Index
+def _open(
+    folder: Path, model: str | None = None, config: Path | None = None, device: str = "auto", dtype: str = "auto"
+) -> Any:
+    """The index, with a model where one is given or the index's own is wanted in another place or precision."""
+    from perception_encoder.retrieval.index import Index, read_facts
 
-    return Index.open(folder)
+    if model is None and (device, dtype, config) == ("auto", "auto", None):
+        return Index.open(folder)
+    named = model or read_facts(folder).model
+    return Index.open(folder, model=None if named is None else load_model(named, config, device, dtype, False))
+
+
+def _typed(context: typer.Context) -> set[str]:
+    """The options that were given, rather than left as they are."""
+    sources = {name: context.get_parameter_source(name) for name in context.params}
+    return {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+
+
+def _refuse(options: set[str], why: str) -> None:
+    """Nothing that was asked for is left out in silence."""
+    if options:
+        names = sorted("--" + FLAGS.get(name, name.replace("_", "-")) for name in options)
+        raise ConfigError(f"{', '.join(names)}: {why}")
+
+
+def _whole(folder: Path) -> int:
+    """Parts that need not be made."""
+    from perception_encoder.retrieval.making import is_parts
+    from perception_encoder.retrieval.parts import Parts
+
+    if not is_parts(folder):
+        return 0
+    parts = Parts(folder)
+    return parts.plan.parts - len(parts.missing())

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perception.attention import attend
-from perception.errors import ConfigError, LimitError
+from perception.errors import LimitError
 from perception.kernels.graphs import Graphs
 from perception.kernels.triton.decode import attend_decode
+from perception.kernels.triton.int4 import Product4, takes
 from perception.kernels.triton.norm import rms_norm
 from perception.kernels.triton.quantized import Product, give_up
 from perception.kernels.triton.rotary import rotate_into_cache
@@ -37,17 +38,18 @@ WATCHED = 4  # the same, when somebody reads along
 ROOM = 512  # capacities are multiples of this, so that requests of different length share their graphs
 FREE_ROOMS = 2  # kept for the next request
 GRAPHS = 8  # ways of choosing a token, for which one room keeps a graph
+Linear = Product | Product4
 
 
 def fast_decoder(decoder: Decoder, plan: Plan) -> "CudaDecoder":
     """The twin of a decoder that lies on a GPU. `plan` as `perception.optimize.optimize` makes it."""
-    if plan.quantize == "int4":
-        raise ConfigError("decoders on a GPU are not quantised to int4 here; take quantize='int8', or None")
     fast = CudaDecoder(decoder)
-    if plan.quantize:
-        fast.settle()
+    if plan.quantize == "int4":
+        fast.round4()
+    elif plan.quantize:
+        fast.settle(fast.products)
     if not plan.keep:
-        give_up(decoder, [product for block in fast.blocks for product in block.products])
+        give_up(decoder, fast.products)
     return fast
 
 
@@ -131,15 +133,28 @@ class CudaDecoder(FastPart):
             )
         return self._room(batch, capacity).cache(self, capacity)
 
-    def settle(self) -> list[float]:
-        """Eight bits for the products of the blocks that they do not harm: the cosine of each, on made-up tokens."""
-        products = [product for block in self.blocks for product in block.products]
+    def round4(self) -> None:
+        """Four bits for the products of the blocks, and eight for the head where they do it no harm: it chooses among
+        close calls."""
+        with torch.no_grad():
+            for block in self.blocks:
+                block.round4()
+        self.settle([self.head])
+
+    @property
+    def products(self) -> list[Linear]:
+        """Those of the blocks."""
+        return [product for block in self.blocks for product in block.products]
+
+    def settle(self, given: Sequence[Linear]) -> list[float]:
+        """Eight bits for those products that they do not harm: the cosine of each, on made-up tokens."""
+        products = [product for product in given if isinstance(product, Product)]
         for product in products:
             product.watching = True
         g = torch.Generator().manual_seed(0)
         ids = torch.randint(self.config.vocab, (1, min(256, self.config.context)), generator=g)
         with torch.no_grad():
-            self.forward(self.embed(ids.to(self.device)), last=1)
+            self.forward(self.embed(ids.to(self.device)))
         return [product.settle("int8") for product in products]
 
     def step(self, tokens: Tensor, memory: "KVCache | Room", positions: Tensor) -> Tensor:
@@ -337,12 +352,20 @@ class CudaBlock:
         c = block.attn
         self.norm1, self.norm2 = Norm(block.norm1), Norm(block.norm2)
         self.heads, self.kv_heads = c.q.out_features // c.head_dim, c.k.out_features // c.head_dim
-        self.qkv, self.gate_up = fused(c.q, c.k, c.v), fused(block.mlp.gate, block.mlp.up)
-        self.o, self.down = Product(c.o.weight.detach()), Product(block.mlp.down.weight.detach())
+        self.qkv: Linear = fused(c.q, c.k, c.v)
+        self.gate_up: Linear = fused(block.mlp.gate, block.mlp.up)
+        self.o: Linear = Product(c.o.weight.detach())
+        self.down: Linear = Product(block.mlp.down.weight.detach())
 
     @property
-    def products(self) -> list[Product]:
+    def products(self) -> list["Linear"]:
         return [self.qkv, self.o, self.gate_up, self.down]
+
+    def round4(self) -> None:
+        """Four bits for every product whose inputs come in groups."""
+        self.qkv, self.o, self.gate_up, self.down = (
+            Product4(p.weight) if isinstance(p, Product) and takes(p.weight) else p for p in self.products
+        )
 
     def project(self, x: Tensor, owed: Tensor | None) -> Tensor:
         """B T E -> B T heads+2*kv_heads head_dim, after adding what the block before owes to x."""

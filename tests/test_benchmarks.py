@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 try:
     import harness
+    import run
     import scale
     import table
     from harness import Gate, Limit, Rounds, at_most, judge, options, quantile, race, sample, spread
@@ -53,6 +55,14 @@ def test_a_sample_repeats_until_its_time_is_used() -> None:
     assert len(clock.log) == 4
     assert sample(clock.work("b", 3.0), 0.2, clock) == 3.0
     assert clock.log.count("b") == 1
+
+
+def test_a_clock_that_waits_is_read_seldom() -> None:
+    clock, reads = Clock(), []
+    read = lambda: (reads.append(clock.now), clock.now)[1]  # noqa: E731
+    assert sample(clock.work("a", 0.001), 0.2, read) == pytest.approx(0.001)
+    assert 200 <= len(clock.log) <= 225
+    assert len(reads) <= 11
 
 
 def test_a_round_runs_everybody_and_the_first_changes() -> None:
@@ -173,12 +183,50 @@ def test_quantiles() -> None:
     assert spread([1.0, 1.0, 123456.0])["p90"] == 98760.0
 
 
+def test_a_quick_look_is_over_in_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What hangs is stopped with all that it started; what fails is told from it; the next ones get their turn."""
+    pid = tmp_path / "pid"
+    hangs = f"""import pathlib, subprocess
+child = subprocess.Popen(["sleep", "60"])
+pathlib.Path({str(pid)!r}).write_text(str(child.pid))
+child.wait()"""
+    programs = {"good": "import sys; assert sys.argv[1:3] == ['--quick', '--seconds']", "hangs": hangs, "bad": "1 / 0"}
+    for name, program in programs.items():
+        (tmp_path / f"{name}.py").write_text(program)
+    monkeypatch.setattr(run, "HERE", tmp_path)
+    monkeypatch.setattr(run, "QUICK", {"good": 2, "hangs": 1, "bad": 2})
+    monkeypatch.setattr(run, "TOTAL", 10.0)
+    start = time.monotonic()
+    assert run.quickly() == {"good": "ok", "hangs": "stopped", "bad": "FAILED"}
+    assert time.monotonic() - start < 10.0
+    state = Path(f"/proc/{pid.read_text()}/stat")
+    assert not state.is_file() or state.read_text().split()[2] == "Z"  # gone, or about to be
+    monkeypatch.setattr(run, "quickly", lambda: {"a": "ok", "b": "stopped"})
+    monkeypatch.setattr(sys, "argv", ["run.py", "--quick"])
+    run.main()
+    assert "no time left for the rest of: b" in capsys.readouterr().out
+    monkeypatch.setattr(run, "quickly", lambda: {"a": "FAILED", "b": "stopped"})
+    with pytest.raises(SystemExit, match="failed: a"):
+        run.main()
+
+
+def test_time_that_is_not_used_goes_to_the_next() -> None:
+    assert run.shares({"a": 1, "b": 3}, 8.0) == 2.0
+    assert run.shares({"b": 3}, 7.0) == 7.0
+    assert set(run.QUICK) <= set(run.SCRIPTS)
+    assert run.TOTAL < 120
+
+
 def test_quick_writes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(harness, "RESULTS", tmp_path)
     monkeypatch.setattr("record.RESULTS", tmp_path)
     case = harness.describe(steady(1.0, 3.0), [GATE], 2)
     harness.save("x", "method", {"a": case}, options("", ["--quick"]))
     harness.save("x", "method", {"a": case}, options("", ["--no-save"]))
+    seconds = [options("", arguments).seconds for arguments in ([], ["--quick"], ["--quick", "--seconds", "2"])]
+    assert seconds == [600.0, 5.0, 2.0]
     assert not list(tmp_path.iterdir())
     harness.save("x", "method", {"a": case}, options("", []))
     harness.save("x", "method", {"b": case}, options("", []))

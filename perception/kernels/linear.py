@@ -5,6 +5,7 @@ M rows  K inputs  N outputs
 
 import functools
 import logging
+import time
 from typing import Literal, NamedTuple, cast
 
 import torch
@@ -22,6 +23,7 @@ ROWS = (64, 192, 576)  # row counts at which forms race: they decide far more th
 SIDE = 1024
 MANY = 384  # from so many rows on the last of them stands for a product
 BUDGET = 0.1  # seconds of a race: large products are repeated less
+ALLOWANCE = 1.0  # seconds for the shapes of a model, after which they take the form that is fastest in general
 # What a form may lose against F.linear, norm over norm: rounding of the dtype, of 8 bits, of 8 bits less one.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 2e-3}
 TOLERANCE_INT8 = 0.05
@@ -310,13 +312,30 @@ def choose(
 ) -> str:
     """The form that is fastest here for weights of `dtype` and about so many rows. Measured once a process.
 
-    shape  K N, where it is known: layouts that win at one shape lose at another, so the race is run at this one
+    shape  K N, where it is known: layouts that win at one shape lose at another, so the race is run at this one, unless
+           races have used up their ALLOWANCE since `renew`
     """
     threads = torch.get_num_threads()
     form = _choose(dtype, quantize, rows <= FEW, threads)
     if shape is None or quantize or rows <= FEW or form in ("float32", "int8", "int8-narrow"):
         return form
-    return _choose_for(dtype, min(shape[0], SIDE), min(shape[1], SIDE), _about(rows), threads)
+    kind = dtype, min(shape[0], SIDE), min(shape[1], SIDE), _about(rows), threads
+    if kind not in _fastest:
+        if sum(_spent) > ALLOWANCE:
+            return form
+        start = time.perf_counter()
+        _fastest[kind] = _choose_for(*kind[:4])
+        _spent.append(time.perf_counter() - start)
+    return _fastest[kind]
+
+
+def renew() -> None:
+    """Another model may use up its ALLOWANCE."""
+    _spent.clear()
+
+
+_fastest: dict[tuple[torch.dtype, int, int, int, int], str] = {}  # dtype, K, N, rows, threads
+_spent: list[float] = []  # seconds of the latest races for shapes
 
 
 def _about(rows: int) -> int:
@@ -324,9 +343,8 @@ def _about(rows: int) -> int:
     return next(count for count in ROWS if rows <= 2 * count or count == ROWS[-1])
 
 
-@functools.cache
 @torch.inference_mode()
-def _choose_for(dtype: torch.dtype, k: int, n: int, rows: int, threads: int) -> str:
+def _choose_for(dtype: torch.dtype, k: int, n: int, rows: int) -> str:
     """The race of one shape, without bias and GELU: other passes take those in."""
     if dtype not in RIVALS:
         return "plain"
@@ -436,8 +454,9 @@ def quantize_rows(x: Tensor, levels: int = 255) -> tuple[Tensor, Tensor, int]:
 def quantize_rows_plain(x: Tensor, levels: int) -> tuple[Tensor, Tensor, int]:
     """The twin of the compiled `quantize`."""
     low, high = x.amin(dim=-1).clamp_max_(0.0), x.amax(dim=-1).clamp_min_(0.0)
-    lowest, highest = float(low.min()), float(high.max())
-    zero = round((levels - 2) * -lowest / max(highest - lowest, 1e-30)) + 1  # each side has a level
+    # Of the levels, that a row would give to what is below 0: the rows' mean, which no single one shifts.
+    part = (-low / (high - low).clamp_min(1e-30)).double().mean().nan_to_num()
+    zero = round((levels - 2) * float(part)) + 1  # each side has a level
     scale = torch.maximum(-low / zero, high / (levels - zero)).clamp_min_(1e-30)
     values = (x / scale[..., None]).add_(zero + 0.5).clamp_(0, levels).to(torch.uint8)  # cutting off rounds: all >= 0
     return values, scale, zero

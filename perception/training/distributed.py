@@ -1,5 +1,7 @@
 """Several processes as one: started by `torchrun`, sharded by FSDP2, and able to stop together."""
 
+import atexit
+import gc
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -47,11 +49,13 @@ class World:
 
     rank, size   which of how many
     grouped      whether they talk through torch's process group; one process may be a group of its own
+    meshes       how the group was divided for sharded parameters
     """
 
     def __init__(self, rank: int = 0, size: int = 1, device: torch.device | None = None, grouped: bool = False):
         self.rank, self.size, self.grouped = rank, size, grouped
         self.device = device or torch.device("cpu")
+        self.meshes: list[Any] = []
 
     @property
     def first(self) -> bool:
@@ -66,6 +70,15 @@ class World:
 
     def any(self, flag: bool) -> bool:
         return bool(self._reduce([float(flag)], "MAX")[0])
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """Put the mean over all processes in the place of each tensor, in one journey."""
+        if self.size == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.flatten() for tensor in tensors])
+        torch.distributed.all_reduce(flat)
+        for tensor, total in zip(tensors, flat.div_(self.size).split([t.numel() for t in tensors]), strict=True):
+            tensor.copy_(total.view_as(tensor))
 
     def same(self, value: Any) -> Any:
         """What the first process gave."""
@@ -94,6 +107,7 @@ class World:
 def processes(config: EngineConfig) -> Iterator[World]:
     """The world that the environment describes, for as long as the block lasts.
 
+    Nobody leaves it before all have come to its end, unless with an error.
     Raises ConfigError for a device that is not here.
     """
     size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
@@ -110,13 +124,34 @@ def processes(config: EngineConfig) -> Iterator[World]:
         return
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    # Imported while there is a group, they keep it for ever: as the default value of some of their functions.
+    from torch.distributed import checkpoint, fsdp  # noqa: F401
+
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
     torch.distributed.init_process_group(backend, timeout=timedelta(seconds=config.timeout), **alone)
+    world = World(rank, size, device, grouped)
     try:
-        yield World(rank, size, device, grouped)
+        yield world
+        world.any(False)
+        _end_threads_in_time(world)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _end_threads_in_time(world: World) -> None:
+    """See to it that gloo's threads have ended before the interpreter does.
+
+    Such a thread says that an operation is done, and then puts down its tensors, for which it takes the interpreter's
+    lock. Where a busy machine lets it do so only once the interpreter is ending, the lock is refused by ending the
+    thread, and C++ ends the process for that: signal 6, after everything was done and saved (pytorch issue 190489).
+    The threads end with the last reference to their group. `destroy_process_group` drops torch's own; two are left: a
+    mesh's, which torch's cache of sharding decisions keeps alive, and those of sharded modules, which are circles.
+    """
+    for mesh in world.meshes:
+        getattr(mesh, "_pg_registry", {}).clear()
+    atexit.unregister(gc.collect)
+    atexit.register(gc.collect)
 
 
 def shard(whole: nn.Module, units: Sequence[nn.Module], config: EngineConfig, world: World) -> None:
@@ -137,6 +172,7 @@ def shard(whole: nn.Module, units: Sequence[nn.Module], config: EngineConfig, wo
         mesh = init_device_mesh(kind, (copies, world.size // copies), mesh_dim_names=("replicate", "shard"))
     else:
         mesh = init_device_mesh(kind, (world.size,), mesh_dim_names=("shard",))
+    world.meshes.append(mesh)
     half = config.precision == "bf16"
     # Positions and rotations stay as precise as they are given: inputs are not cast on the way into a block.
     policy = MixedPrecisionPolicy(
@@ -147,6 +183,10 @@ def shard(whole: nn.Module, units: Sequence[nn.Module], config: EngineConfig, wo
     for unit in units:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
     fully_shard(whole, mesh=mesh, mp_policy=policy)
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    return hasattr(tensor, "full_tensor")
 
 
 def whole_tensor(tensor: Tensor) -> Tensor:

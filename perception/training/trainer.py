@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from perception.errors import CheckpointError, PerceptionError
-from perception.training.distributed import World, whole_tensor
+from perception.training.distributed import World, is_sharded, whole_tensor
 from perception.training.metrics import Metrics, peak_flops, peak_memory
 from perception.training.order import mix
 from perception.training.state import Checkpoints, KeepConfig, load_tensors, read_facts, tensor_shapes
@@ -95,8 +95,9 @@ class Trainer:
     data        `Data`
     schedule    step -> factor; step 0 is the first
     folder      metrics.jsonl and checkpoints/
-    world       the processes, when there are several
+    world       the processes, when there are several; parameters are sharded over them, or each holds the same copy
     facts       what else a checkpoint should say; `fingerprints` in it are compared when a run is resumed
+    after_step  called by every process with the trainer and the step's line; what it adds to the line is recorded
     """
 
     def __init__(
@@ -162,12 +163,12 @@ class Trainer:
             now = time.monotonic()
             self.seconds = before + now - began
             line["seconds"] = round(self.seconds, 3)
-            if record is not None:
-                if self.step % self.config.log_every == 0 or self.step == self.config.steps:
-                    record.write(line)
-                record.advance(self.step, loss=f"{line['loss']:.4g}")
             if self.after_step is not None:
                 self.after_step(self, line)
+            if record is not None:
+                if self.recorded:
+                    record.write(line)
+                record.advance(self.step, loss=f"{line['loss']:.4g}")
             late = bool(self.config.stop_after) and now - began > self.config.stop_after
             stop, due = self.world.largest(
                 [float(told.is_set() or late), float(bool(keep.minutes) and now - saved > 60 * keep.minutes)]
@@ -190,6 +191,11 @@ class Trainer:
         if saved_step != self.step or self.checkpoints.latest() is None:
             self.save()
         return self.step >= self.config.steps
+
+    @property
+    def recorded(self) -> bool:
+        """Whether the step that was just made is one that the record tells of."""
+        return self.step % self.config.log_every == 0 or self.step == self.config.steps
 
     def advance(self, steps: Iterator[Any]) -> dict[str, Any]:
         """One step: all its passes, and what the optimizers make of them. Returns what the record says of it."""
@@ -287,6 +293,8 @@ class Trainer:
             if parameter.grad is None:  # nothing of this step reached it; it decays as if all of it had said 0
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [p.grad for p in self.learned.values() if p.grad is not None]
+        # Sharding has averaged them on the way; copies of a parameter have each their own process's gradient so far.
+        self.world.average([gradient for gradient in gradients if not is_sharded(gradient)])
         torch._foreach_mul_(gradients, factor)
         norm = float(whole_tensor(nn.utils.get_total_norm(gradients)))
         if self.config.clip and math.isfinite(norm):

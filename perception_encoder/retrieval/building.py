@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from perception.errors import ConfigError
 from perception_encoder.retrieval import blocks
 from perception_encoder.retrieval.choice import (
+    TARGET_RECALL,
     TRAINING_ROWS,
     Choice,
     Trial,
+    check_budget,
     choose,
     parse_bytes,
     recall,
@@ -32,6 +33,7 @@ from perception_encoder.retrieval.choice import (
     time_of,
     tune,
 )
+from perception_encoder.retrieval.exact import AT_ONCE, PATIENCE
 from perception_encoder.retrieval.store import check_queries
 from perception_encoder.retrieval.versions import Snapshot, best
 
@@ -49,17 +51,14 @@ def build_index(
     kind: str = "auto",
     max_memory: str | int | None = None,
     max_latency: float | None = None,
-    target_recall: float = 0.95,
+    target_recall: float = TARGET_RECALL,
     queries: Tensor | None = None,
 ) -> tuple[Choice, dict[str, Any]]:
     """Write the index of a version to `out` (nothing for an exact search); what was chosen, and the report.
 
     Raises ConfigError when no index fits into max_memory.
     """
-    if not 0 < target_recall <= 1:
-        raise ConfigError(f"target_recall={target_recall}; expected more than 0, 1 at most")
-    if max_latency is not None and not max_latency > 0:
-        raise ConfigError(f"max_latency={max_latency}; expected seconds, more than 0")
+    check_budget(kind=kind, max_memory=max_memory, max_latency=max_latency, target_recall=target_recall)
     memory, width = parse_bytes(max_memory), now.manifest.width
     choice = choose(now.rows, width, kind=kind, max_memory=memory, max_latency=max_latency)
     test = _Test(now, None if queries is None else check_queries(queries, 1, width))
@@ -105,6 +104,9 @@ class _Test:
         some = self.queries[: max(1, min(len(self.queries), 2**31 // max(1, self.now.rows * self.now.manifest.width)))]
         found = _numpy_search(self.now, some.numpy(), self.k, self.added)
         share = round(recall(self.wanted[: len(some)], found), 4)
+        size = 4 * self.now.rows * self.now.manifest.width
+        for _ in range(PATIENCE + 1 + size // AT_ONCE):  # until all is copied that searches copy
+            self.now.exact(self.queries[:1], self.k)
         seconds = time_of(lambda: self.now.exact(self.queries[:1], self.k))
         return [Trial(0, share, seconds, {"all": share})]
 

@@ -25,6 +25,7 @@ LINKS = 32  # of a node of the HNSW graph
 HNSW_ROWS = 2_000_000  # beyond, building the graph takes hours
 RESCORE = 8  # candidates per result that are scored again with the stored vectors, where codes are rounded
 DEFAULT_LATENCY = 0.05
+TARGET_RECALL = 0.95
 
 
 @dataclass(frozen=True)
@@ -96,12 +97,11 @@ def choose(
 
     max_memory   bytes a search may keep in memory; None: no limit
     max_latency  seconds of one query; None stands for 0.05 where it decides between exact and not
-    bandwidth    GB/s this machine reads memory with; measured when it matters
+    bandwidth    bytes a second that this machine reads from memory; measured when it matters
 
     Raises ConfigError when no index fits, with the least that does.
     """
-    if kind not in ("auto", *get_args(Kind)):
-        raise ConfigError(f"kind={kind!r}; choose from auto, {', '.join(get_args(Kind))}")
+    check_budget(kind=kind)
     possible = candidates(rows, width)
     if kind != "auto":
         if chosen := [one for one in possible if one.kind == kind and _fits(one, rows, width, max_memory)]:
@@ -127,6 +127,24 @@ def choose(
     if (max_latency or DEFAULT_LATENCY) < 0.005 and any(one.kind == "hnsw" for one in fitting):
         return replace(next(one for one in fitting if one.kind == "hnsw"), why=f"{slow}; a graph is the quickest")
     return replace(fitting[0], why=f"{slow}; the most accurate that fits")
+
+
+def check_budget(
+    *,
+    kind: str = "auto",
+    max_memory: str | int | None = None,
+    max_latency: float | None = None,
+    target_recall: float = TARGET_RECALL,
+    queries: Any = None,
+) -> None:
+    """Raises ConfigError for what cannot be asked of any index."""
+    if kind not in ("auto", *get_args(Kind)):
+        raise ConfigError(f"kind={kind!r}; choose from auto, {', '.join(get_args(Kind))}")
+    parse_bytes(max_memory)
+    if not 0 < target_recall <= 1:
+        raise ConfigError(f"target_recall={target_recall}; expected more than 0, 1 at most")
+    if max_latency is not None and not max_latency > 0:
+        raise ConfigError(f"max_latency={max_latency}; expected seconds, more than 0")
 
 
 def _fits(one: Choice, rows: int, width: int, max_memory: int | None) -> bool:

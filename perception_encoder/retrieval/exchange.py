@@ -7,6 +7,7 @@ same. Arrays are read without pickle: a file with objects in it is refused.
 N rows  C width
 """
 
+import itertools
 import logging
 import math
 import re
@@ -22,7 +23,7 @@ from perception.errors import CheckpointError, ConfigError
 from perception.files import atomic_write
 from perception_encoder.retrieval.columns import Column, column, id_hashes
 from perception_encoder.retrieval.embed import fingerprint
-from perception_encoder.retrieval.making import UNKNOWN
+from perception_encoder.retrieval.index import UNKNOWN
 from perception_encoder.retrieval.parts import (
     PLAN_FORMAT,
     PartFailure,
@@ -190,19 +191,26 @@ def export_vectors(
     out: str | Path,
     *,
     layout: Literal["clip-retrieval", "npy"] = "clip-retrieval",
+    which: Which = "image",
     rows: int = 10**6,
 ) -> dict[str, int]:
     """Write a store's vectors for other tools: float16 `.npy` and Parquet, `rows` a file. How many files and rows.
 
     layout  "clip-retrieval": img_emb/img_emb_0.npy and metadata/metadata_0.parquet; "npy": vectors_0.npy beside
             vectors_0.parquet, float32
+    which   what the vectors are of: of "text" clip-retrieval's names are text_emb/text_emb_0.npy
+
+    Raises ConfigError for a folder that holds an export already.
     """
     if layout not in ("clip-retrieval", "npy"):
         raise ConfigError(f"layout={layout!r}; choose clip-retrieval or npy")
-    out, total, number = Path(out), 0, 0
+    out, total, files = Path(out), 0, 0
+    if old := next(itertools.chain(out.glob("vectors_*.npy"), out.glob("*_emb/*.npy")), None):
+        raise ConfigError(f"{out} holds an export already ({old.name}); use another folder")
     for number, (vectors, columns) in enumerate(_files(store, rows)):
         if layout == "clip-retrieval":
-            array, table = out / "img_emb" / f"img_emb_{number}.npy", out / "metadata" / f"metadata_{number}.parquet"
+            name, start = EMBEDDINGS[which]
+            array, table = out / name / f"{start}{number}.npy", out / "metadata" / f"metadata_{number}.parquet"
             renamed = {"image_path": columns.pop("source", columns["id"]), "caption": columns.pop("text", None)}
             columns = {name: values for name, values in renamed.items() if values is not None} | columns
             vectors = vectors.astype(np.float16)
@@ -214,8 +222,8 @@ def export_vectors(
         pa, pq = _arrow()
         with atomic_write(table) as temporary:
             pq.write_table(pa.table({name: pa.array(values) for name, values in columns.items()}), temporary)
-        total += len(vectors)
-    return {"files": number + 1, "rows": total}
+        total, files = total + len(vectors), files + 1
+    return {"files": files, "rows": total}
 
 
 def _files(store: VectorStore, rows: int) -> Iterator[tuple[np.ndarray, dict[str, list[Any]]]]:

@@ -271,7 +271,9 @@ class FaissStore:
     @contextlib.contextmanager
     def _writing(self) -> Iterator[Snapshot]:
         """The present version, and nobody else writes."""
-        with self._lock, _locked(self.folder / ".lock"):
+        with self._lock, _locked(self.folder / ".lock") as alone:
+            # What a killed writer left behind; where nobody can tell whether it was killed, time has to.
+            sweep_temporaries(self.folder, older_than=0 if alone else 3600)
             yield self.snapshot()
 
     def _commit(self, now: Snapshot, manifest: Manifest) -> None:
@@ -423,13 +425,13 @@ def _stamp(folder: Path) -> tuple[int, int, int]:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time; the system lets go when a process ends, however it ends."""
+def _locked(path: Path) -> Iterator[bool]:
+    """One process at a time; the system lets go when a process ends, however it ends. False: there is no such lock."""
     with path.open("w") as file:
         try:
             import fcntl
-        except ImportError:  # no such lock here: one process must do the writing
-            yield
+        except ImportError:  # one process must do the writing
+            yield False
             return
         fcntl.flock(file, fcntl.LOCK_EX)
-        yield
+        yield True

@@ -20,12 +20,14 @@ from torch import Tensor
 
 from perception.errors import ConfigError, IndexError_, MediaError
 from perception.files import atomic_write
+from perception.media import PICTURE_SUFFIXES, describe
 from perception.settings import read_settings
 from perception_encoder.retrieval.embed import embed, embed_texts, fingerprint
 
 INDEX = "index.json"
 STORE = "store"
 FORMAT = "perception-index-2"
+UNKNOWN = "unknown"  # the fingerprint of vectors nobody vouches for
 EXAMPLES = (list, tuple)
 
 
@@ -125,6 +127,9 @@ class Index:
             )
         from perception_encoder.retrieval.making import make_index
 
+        kinds[store].check_budget(
+            kind=kind, max_memory=max_memory, max_latency=max_latency, target_recall=target_recall, queries=queries
+        )
         budget = {
             "kind": kind,
             "max_memory": max_memory,
@@ -231,7 +236,11 @@ class Index:
             return self.vector(query.id)
         if _is_vector(query):
             return torch.as_tensor(query).detach().float().cpu()
-        if isinstance(query, str) and not Path(query).is_file():
+        if isinstance(query, str) and not _is_file(query):
+            if not query.strip():
+                raise ValueError("the query is an empty sentence; say what to look for")
+            if Path(query).suffix.lower() in PICTURE_SUFFIXES:
+                raise MediaError(f"there is no picture {describe(query)}; a sentence has no such ending")
             return embed_texts(self._loaded(), [query])[0].detach().float().cpu()
         return embed(self._loaded(), [query])[0]
 
@@ -284,17 +293,31 @@ class Index:
     def _loaded(self) -> Any:
         if self._model is None:
             if self.facts.model is None:
-                raise ConfigError("this index does not say which model made it; give it: Index.open(folder, model=...)")
+                raise ConfigError(f"this index does not say which model made it; {self._how_to_say()}")
             self._use(load_named(self.facts.model))
         return self._model
 
+    def _how_to_say(self) -> str:
+        if self.facts.fingerprint == UNKNOWN:
+            return "vouch for one: Index.build(PARTS, model, OUT), or `perception index PARTS -o OUT --model MODEL`"
+        return "give it: Index.open(folder, model=...), or --model"
+
     def _use(self, model: Any) -> None:
+        if self.facts.fingerprint == UNKNOWN:
+            raise ConfigError(f"nobody said which model made the vectors of this index; {self._how_to_say()}")
         if fingerprint(model) != self.facts.fingerprint:
             raise ConfigError(
                 f"this index was made by another model or preprocessing ({self.facts.model}, fingerprint "
                 f"{self.facts.fingerprint}); vectors of the given one ({fingerprint(model)}) do not compare"
             )
         self._model = model
+
+
+def _is_file(query: str) -> bool:
+    try:
+        return Path(query).is_file()
+    except OSError:  # far too long for a path
+        return False
 
 
 def load_named(name: str) -> Any:
@@ -309,7 +332,7 @@ def read_facts(folder: Path) -> IndexFacts:
     """Raises IndexError_ for a folder without a whole index of this format."""
     path = folder / INDEX
     if not path.is_file():
-        raise IndexError_(f"{folder} is no index: it lacks {INDEX}; build one with pe.Index.build")
+        raise IndexError_(f"{folder} is no index: it lacks {INDEX}; build one: pe.Index.build, or `perception index`")
     try:
         data = json.loads(path.read_text("utf-8"))
         if isinstance(data, dict) and data.get("format") != FORMAT:
@@ -334,6 +357,12 @@ class _Faiss:
         faiss_module()
 
     @staticmethod
+    def check_budget(**budget: Any) -> None:
+        from perception_encoder.retrieval.choice import check_budget
+
+        check_budget(**budget)
+
+    @staticmethod
     def open(folder: Path, facts: IndexFacts, *, verify: bool = False) -> Any:
         from perception_encoder.retrieval.faiss_store import FaissStore, Origin
 
@@ -346,6 +375,12 @@ class _Lance:
         from perception_encoder.retrieval.lance_store import _lancedb
 
         _lancedb()
+
+    @staticmethod
+    def check_budget(**budget: Any) -> None:
+        from perception_encoder.retrieval.lance_store import check_budget
+
+        check_budget(**budget)
 
     @staticmethod
     def open(folder: Path, facts: IndexFacts, *, verify: bool = False) -> Any:
@@ -368,6 +403,8 @@ def _is_vector(query: Any) -> bool:
 def _query_vectors(model: Any, queries: Any) -> Tensor | None:
     if queries is None or _is_vector(queries):
         return None if queries is None else torch.as_tensor(queries)
+    if model is None:
+        raise ConfigError("texts to measure recall with need the model that made the vectors; give it, or vectors")
     with torch.inference_mode():
         return embed_texts(model, list(queries)).float().cpu()
 

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from perception.errors import ConfigError, IndexError_, missing_extra
 from perception_encoder.retrieval import filters
+from perception_encoder.retrieval.choice import TARGET_RECALL
 from perception_encoder.retrieval.columns import Value, column
 from perception_encoder.retrieval.filters import Filter
 from perception_encoder.retrieval.store import (
@@ -141,7 +142,11 @@ class LanceStore:
             yield _rows(pa.table(some))
 
     def optimize(self, **budget: Any) -> dict[str, Any]:
-        """Let Lance put its files in order, and build its IVF-PQ index where there are enough rows for one."""
+        """Let Lance put its files in order, and build its IVF-PQ index where there are enough rows for one.
+
+        Raises ConfigError for budgets: Lance chooses its own index.
+        """
+        check_budget(**budget)
         self._table.optimize()
         indexed = len(self) >= 100_000
         if indexed:
@@ -159,6 +164,20 @@ class LanceStore:
 
     def _names(self) -> dict[str, str]:
         return {_ours(name): name for name in self._table.schema.names if name != "vector"}
+
+
+def check_budget(
+    *,
+    kind: str = "auto",
+    max_memory: Any = None,
+    max_latency: Any = None,
+    target_recall: float = TARGET_RECALL,
+    queries: Any = None,
+) -> None:
+    """Raises ConfigError for anything but the defaults: nothing that was asked for is left out in silence."""
+    budgets = (max_memory, max_latency, queries)
+    if kind != "auto" or target_recall != TARGET_RECALL or any(budget is not None for budget in budgets):
+        raise ConfigError("LanceDB chooses its own index: kind, budgets, recall and queries are for store='faiss'")
 
 
 def _lancedb() -> Any:

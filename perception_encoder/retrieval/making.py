@@ -18,13 +18,15 @@ import numpy as np
 import torch
 
 from perception.errors import ConfigError
+from perception.files import sweep_temporaries
 from perception_encoder.retrieval.columns import Value
-from perception_encoder.retrieval.embed import fingerprint
+from perception_encoder.retrieval.embed import embedding_width, fingerprint
 from perception_encoder.retrieval.faiss_store import FaissStore, Origin
 from perception_encoder.retrieval.index import (
     FORMAT,
     INDEX,
     STORE,
+    UNKNOWN,
     Index,
     IndexFacts,
     read_facts,
@@ -48,7 +50,7 @@ from perception_encoder.retrieval.sources import Pictures, as_source, folders
 from perception_encoder.retrieval.versions import HASH, MANIFEST, PARTS, Snapshot
 
 log = logging.getLogger(__name__)
-UNKNOWN = "unknown"  # the fingerprint of vectors nobody vouches for
+OTHERS = "{} holds an index of other pictures; add to it (Index.add, `perception index add`), or use another folder"
 
 
 def make_index(
@@ -57,6 +59,8 @@ def make_index(
     """The files of an index, and what is true of it."""
     folder = out / STORE / PARTS if store == "faiss" else out / PARTS
     if is_parts(source):
+        if (out / INDEX).is_file():
+            return _same_parts(out, Path(source), model, folder)
         plan, roots = adopt(Path(source), folder, model)
     else:
         found = as_source(source)
@@ -80,6 +84,7 @@ def make_index(
         roots=tuple(os.path.abspath(root) for root in roots),  # noqa: PTH100 - links stay as they were given
     )
     (_make_faiss if store == "faiss" else _make_lance)(out, parts, width, budget)
+    sweep_temporaries(out)
     write_facts(out, facts)
     return facts
 
@@ -88,10 +93,26 @@ def _same_index(out: Path, found: Any, model: Any, settings: dict[str, Any], fol
     """A finished index of the very same pictures is opened; of others it is not touched."""
     facts, stored = read_facts(out), read_plan(folder)
     asked = make_asked(found, model, settings)
+    if facts.fingerprint != asked.fingerprint:
+        raise ConfigError(f"{out} holds an index by another model or preprocessing ({facts.model}); use another folder")
+    if stored.source != asked.source:
+        raise ConfigError(OTHERS.format(out))
     check_same(stored, asked, out)
     listed = "".join(chunk_line(chunk) for chunk in found.chunks(stored.part_rows))
     if stored.chunks != f"chunks-{hashlib.sha256(listed.encode()).hexdigest()[:16]}.jsonl":
-        raise ConfigError(f"{out} holds an index of other pictures; add to it with Index.open(...).add, or use another")
+        raise ConfigError(OTHERS.format(out))
+    log.info("%s is finished already", out)
+    return facts
+
+
+def _same_parts(out: Path, source: Path, model: Any, folder: Path) -> IndexFacts:
+    """A finished index of the very same parts is opened, and learns of a model that somebody now vouches for."""
+    facts = read_facts(out)
+    if not (folder / PLAN).is_file() or read_plan(folder) != read_plan(source):
+        raise ConfigError(OTHERS.format(out))
+    if known := vouched(str(out), facts.fingerprint, facts.model, facts.width, model):
+        facts = replace(facts, **known)
+        write_facts(out, facts)
     log.info("%s is finished already", out)
     return facts
 
@@ -103,8 +124,8 @@ def make_asked(found: Any, model: Any, settings: dict[str, Any]) -> Plan:
 
 
 def _named(source: Any) -> str:
-    text = str(source)
-    return text if len(text) < 200 else f"{text[:200]}..."
+    files = getattr(source, "files", None) or (source if isinstance(source, list | tuple) else [source])
+    return f"{files[0]}{f' and {len(files) - 1} more' if len(files) > 1 else ''}"
 
 
 def is_parts(source: Any) -> bool:
@@ -115,28 +136,51 @@ def adopt(source: Path, folder: Path, model: Any) -> tuple[Plan, list[str]]:
     """Take finished parts over, as links where the disk allows it: nothing is embedded again."""
     parts = Parts(source)
     plan = parts.plan
-    if model is not None and plan.fingerprint == UNKNOWN:
-        # Nobody could say which model made them; who gives one now vouches for it.
-        plan = replace(plan, fingerprint=fingerprint(model), model=getattr(model, "source", None))
-    elif model is not None and fingerprint(model) != plan.fingerprint:
-        raise ConfigError(
-            f"{source} was made by another model or preprocessing ({plan.model}, {plan.fingerprint}); "
-            f"vectors of the given one ({fingerprint(model)}) do not compare"
-        )
+    if (folder / PLAN).is_file() and read_plan(folder) != plan:
+        raise ConfigError(f"{folder} holds parts of something else; use another folder, or remove this one")
     if missing := parts.missing(verify=True):
         raise ConfigError(
             f"{len(missing)} of {plan.parts} parts of {source} are missing or damaged, such as {missing[:5]}"
         )
     folder.mkdir(parents=True, exist_ok=True)
+    for name in (plan.chunks, PLAN):  # first: they say whose the parts are
+        if (source / name).is_file() and not (folder / name).is_file():
+            _link(source / name, folder / name)
+    width = 0
     for number in range(plan.parts):
         sidecar = read_part(source, number).sidecar
+        width = sidecar.width or width
         for name in (sidecar.file, f"{part_name(number)}.json"):  # the sidecar last: it says the part is whole
             if not (folder / name).is_file():
                 _link(source / name, folder / name)
-    for name in (plan.chunks, PLAN):
-        if (source / name).is_file() and not (folder / name).is_file():
-            _link(source / name, folder / name)
-    return plan, _roots(source, plan)
+    known = vouched(str(source), plan.fingerprint, plan.model, width, model)
+    return replace(plan, **known), _roots(source, plan)
+
+
+def vouched(where: str, known: str, named: str | None, width: int, model: Any) -> dict[str, Any]:
+    """Model and fingerprints of vectors, where a model is given that made them.
+
+    known, named  their fingerprint and model so far. Where nobody could say which model made them, who gives one now
+                  vouches for it
+
+    Raises ConfigError for a model that cannot have made them.
+    """
+    if model is None:
+        return {}
+    if known != UNKNOWN and fingerprint(model) != known:
+        raise ConfigError(
+            f"{where} was made by another model or preprocessing ({named}, {known}); "
+            f"vectors of the given one ({fingerprint(model)}) do not compare"
+        )
+    if (theirs := embedding_width(model)) and width and theirs != width:
+        raise ConfigError(f"{where} holds vectors of {width}; the model given makes {theirs}")
+    if known != UNKNOWN:
+        return {}
+    return {
+        "fingerprint": fingerprint(model),
+        "preprocess": str(model.preprocess.fingerprint()),
+        "model": getattr(model, "source", None),
+    }
 
 
 def _roots(folder: Path, plan: Plan) -> list[str]:
@@ -199,6 +243,10 @@ def add_source(index: Index, source: Any, on_duplicate: str, settings: dict[str,
     if on_duplicate not in ("error", "replace", "skip"):
         raise ConfigError(f"on_duplicate={on_duplicate!r}; choose 'error', 'replace' or 'skip'")
     found = as_source(source)
+    if (found.kind == "text") != (index.facts.kind == "text"):
+        raise ConfigError(
+            f"{index.folder} is an index of {index.facts.kind}s; {found.kind}s belong into one of their own"
+        )
     if on_duplicate == "skip" and isinstance(found, Pictures):
         known = set(index.ids())
         found = replace(found, files=tuple(file for file in found.files if file not in known))

@@ -159,7 +159,10 @@ def write_plan(folder: Path, plan: Plan, chunks: Callable[[], Iterable[dict[str,
 
     Raises ConfigError when the plan that is there has other settings, or there is nothing to embed.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise ConfigError(f"{folder} is a file; parts need a folder of their own") from error
     if not (folder / PLAN).exists():
         listed = list(chunks())
         if not listed:

@@ -7,6 +7,7 @@ parts are made before it.
 B batch  N rows  S image side  C embedding width
 """
 
+import contextlib
 import logging
 import os
 import queue
@@ -183,7 +184,7 @@ def run_parts(
     if done:
         log.info("%d of %d parts in %s are finished", done, len(numbers), folder)
     job = _Job(model, plan, source, on_error, workers)
-    with _bar(folder, plan, numbers, todo, progress) as bar, torch.inference_mode():
+    with _bar(folder, plan, numbers, todo, progress) as bar, _above(bar), torch.inference_mode():
         making: _Making | None = None
         for batch in batches_ahead(job.batches(read_chunks(folder, plan, todo))):
             if making is None or making.number != batch.number:
@@ -428,5 +429,11 @@ def _bar(folder: Path, plan: Plan, numbers: list[int], todo: list[int], progress
     rows = {number: chunk["rows"] for number, chunk in read_chunks(folder, plan, numbers)} if plan.rows else {}
     total = sum(rows.values()) if rows else None
     done = sum(count for number, count in rows.items() if number not in waiting)
-    unit = "text" if plan.kind == "text" else "clip" if plan.kind == "clip" else "image"
-    return tqdm(total=total, initial=done, unit=unit, desc=str(folder), disable=None if progress else True)
+    return tqdm(total=total, initial=done, unit=plan.kind, desc="embedding", disable=None if progress else True)
+
+
+def _above(bar: Any) -> Any:
+    """Messages above the bar rather than in it."""
+    from tqdm.contrib.logging import logging_redirect_tqdm
+
+    return contextlib.nullcontext() if bar.disable else logging_redirect_tqdm()

@@ -49,7 +49,8 @@ def _picture(index: Index, hit: Hit, size: int) -> str:
         index.thumbnail(hit, size).save(buffer, "JPEG", quality=85)
     except (MediaError, LimitError, OSError):
         return '<div class="none">no picture</div>'
-    return f'<img alt="" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode("ascii")}">'
+    name = html.escape(_printable(hit.text or hit.id))
+    return f'<img alt="{name}" src="data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode("ascii")}">'
 
 
 def _printable(text: Any) -> str:

@@ -87,7 +87,7 @@ def as_source(given: Any, *, video: "VideoMode" = "frames", **options: Any) -> S
              `frames=`
 
     A folder stands for the pictures in it; for its tars, Parquet files or videos when there are no pictures.
-    Raises ConfigError when nothing is there, or several kinds are mixed.
+    Raises ConfigError when nothing is there, or several kinds are mixed; MediaError for a path that is not there.
     """
     if hasattr(given, "chunks") and hasattr(given, "items") and hasattr(given, "settings"):
         return given
@@ -124,6 +124,8 @@ def _expand(listed: Sequence[str | Path]) -> tuple[str, list[str]]:
             kind, files = _in_folder(one)
         else:
             kind, files = _kind(one), [str(one)]
+            if len(listed) == 1 and not os.path.lexists(one):  # one of several is left out, as any that is unreadable
+                raise MediaError(f"there is no file or folder {describe(one)}")
         found.setdefault(kind, []).extend(files)
     if len(found) != 1:
         kinds = {kind: files[0] for kind, files in found.items()}

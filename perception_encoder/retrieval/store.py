@@ -8,7 +8,6 @@ Q queries  N rows  C width
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, runtime_checkable
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -119,11 +118,3 @@ def check_ids(ids: Sequence[str]) -> list[str]:
         twice = next(one for one in listed if one in seen or seen.add(one))  # type: ignore[func-returns-value]
         raise ConfigError(f"the id {twice!r} comes twice")
     return listed
-
-
-def nearest_rows(queries: Tensor, vectors: Tensor, k: int, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Scores and rows of the k nearest of `vectors`: Q k each, exact. -inf where a row is masked out."""
-    scores = queries @ vectors.to(queries.dtype).T  # Q N
-    if mask is not None:
-        scores.masked_fill_(~mask, -torch.inf)
-    return tuple(scores.topk(min(k, len(vectors)), dim=1))

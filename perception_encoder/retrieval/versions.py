@@ -29,14 +29,14 @@ from perception.settings import read_settings
 from perception_encoder.retrieval import blocks, filters
 from perception_encoder.retrieval.choice import Choice
 from perception_encoder.retrieval.columns import Column, Value, id_hashes
-from perception_encoder.retrieval.parts import Part, read_part
+from perception_encoder.retrieval.exact import BLOCK, Block, Copies, exact_search, products
+from perception_encoder.retrieval.parts import Part, PartError, read_part
 
 MANIFEST = "manifest.json"
 FORMAT = "perception-store-1"
 PARTS = "parts"
 FEW = 20_000  # rows left by a filter that are searched one by one rather than through the index
 SHARE = 0.02  # the same as a share of all rows
-SCORES = 2**24  # scores of an exact search in memory at once
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,7 @@ class Snapshot:
     parts: tuple[Part, ...]
     index: Any = None
     alive: np.ndarray | None = None  # n bool; None: all
+    copies: Copies = field(default_factory=Copies, repr=False)  # shared with the versions before and after
     _base: list[tuple[int, _Ids]] = field(default_factory=list, repr=False)  # sorted ids of the first rows
 
     @classmethod
@@ -144,7 +145,7 @@ class Snapshot:
         for ref in manifest.parts:
             part = known.get(ref.number)
             if part is None:
-                part = read_part(folder / PARTS, ref.number, verify=verify)
+                part = _read(folder, ref, verify)
             if len(part.vectors) != ref.rows or part.sidecar.sha256 != ref.sha256:
                 raise IndexError_(f"part {ref.number} of {folder} is not the one the store was built from")
             if ref.rows and part.vectors.shape[1] != manifest.width:
@@ -157,7 +158,10 @@ class Snapshot:
         base = (
             before._base if before is not None and manifest.parts[: len(before.parts)] == before.manifest.parts else []
         )
-        return cls(folder, manifest, tuple(parts), index, _alive(folder, manifest), list(base))
+        copies = before.copies if before is not None else Copies()
+        now = cls(folder, manifest, tuple(parts), index, _alive(folder, manifest), copies, list(base))
+        copies.forget([block.name for block in now._blocks(None, 0)])
+        return now
 
     @cached_property
     def offsets(self) -> np.ndarray:
@@ -234,67 +238,66 @@ class Snapshot:
         if indexed and allowed is not None and count <= max(FEW, SHARE * self.rows):
             indexed = 0  # so few are left that looking at each is quicker, and exact
         found = [self.exact(queries, k, allowed, first=indexed)]
-        if indexed:
-            chosen = None if allowed is None else allowed[:indexed]
-            wanted = min(k * max(1, choice.rescore), indexed)
-            effort = choice.effort if effort is None else effort
-            scores, rows = blocks.search(self.index, choice.kind, effort, queries.numpy(), wanted, chosen)
-            found.append(self.rescore(queries, rows) if choice.rescore else (scores, rows))
-        return best(found, k)
+        if not indexed:
+            return found[0]
+        scores, rows = self._through_index(queries, k, allowed, choice.effort if effort is None else effort)
+        there = min(k, indexed if allowed is None else int(allowed[:indexed].sum()))
+        short = torch.from_numpy((rows >= 0).sum(axis=1) < there)
+        found.append(self.rescore(queries, rows) if choice.rescore else (scores, rows))
+        scores, rows = best(found, k)
+        if bool(short.any()):  # a graph that a filter cuts into pieces
+            scores[short], rows[short] = self.exact(queries[short], scores.shape[1], allowed)
+        return scores, rows
+
+    def _through_index(
+        self, queries: Tensor, k: int, allowed: np.ndarray | None, effort: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and rows of the index: Q k, more to score again. Lists that hold fewer than k rows are not the end."""
+        choice, indexed = self.manifest.choice, self.manifest.indexed
+        chosen = None if allowed is None else allowed[:indexed]
+        wanted = min(k * max(1, choice.rescore), indexed)
+        scores, rows = blocks.search(self.index, choice.kind, effort, queries.numpy(), wanted, chosen)
+        there = min(k, indexed if chosen is None else int(chosen.sum()))
+        short = (rows >= 0).sum(axis=1) < there
+        if short.any() and effort < choice.lists:
+            more = min(choice.lists, 4 * max(1, effort))
+            scores[short], rows[short] = self._through_index(queries[torch.from_numpy(short)], k, allowed, more)
+        return scores, rows
 
     def rescore(self, queries: Tensor, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """The exact scores of candidates, from the stored vectors: what the codes rounded away comes back."""
         scores = np.full(rows.shape, -np.inf, np.float32)
-        for start in range(0, len(rows), 64):
-            some = rows[start : start + 64]
-            vectors = self.vectors(some.clip(0).ravel()).unflatten(0, some.shape)  # q r C
-            exact = torch.einsum("qrc,qc->qr", vectors, queries[start : start + 64]).numpy()
-            scores[start : start + 64] = np.where(some >= 0, exact, -np.inf)
+        asked, places = np.nonzero(rows >= 0)
+        scores[asked, places] = products(queries, asked, rows[asked, places], self.vectors)
         return scores, rows
 
     def exact(
         self, queries: Tensor, k: int, allowed: np.ndarray | None = None, *, first: int = 0
     ) -> tuple[np.ndarray, np.ndarray]:
         """The same by looking at every row from `first` on."""
-        found: list[tuple[np.ndarray, np.ndarray]] = []
+        return exact_search(queries, self._blocks(allowed, first), k, self.vectors, self.copies)
+
+    def _blocks(self, allowed: np.ndarray | None, first: int) -> list[Block]:
+        """The rows from `first` on. Where an index does the searching no copies are made of what is left to look at."""
+        found = []
         for part, start in zip(self.parts, self.offsets.tolist(), strict=False):
-            stop = start + len(part.vectors)
-            if stop <= first or stop == start:
-                continue
-            lo = max(first - start, 0)
-            keep = None if allowed is None else allowed[start + lo : stop]
-            if keep is not None and not keep.any():
-                continue
-            found.append(_exact_part(queries, part.vectors[lo:], k, keep, start + lo))
-            if len(found) > 32:
-                found = [best(found, k)]
-        return best(found, k) if found else _none(len(queries), k)
+            for at in range(max(first - start, 0), len(part.vectors), BLOCK):
+                vectors = part.vectors[at : at + BLOCK]
+                keep = None if allowed is None else allowed[start + at : start + at + len(vectors)]
+                if keep is None or keep.any():
+                    name = (part.sidecar.part, at) if self.manifest.index is None else None
+                    found.append(Block(name, start + at, vectors, keep))
+        return found
 
 
 HASH = "hash"
 
 
-def _exact_part(
-    queries: Tensor, vectors: Tensor, k: int, keep: np.ndarray | None, first: int
-) -> tuple[np.ndarray, np.ndarray]:
-    numbers: np.ndarray | None = None
-    if keep is not None and keep.mean() < 0.5:
-        numbers = np.flatnonzero(keep)
-        vectors, keep = vectors[torch.from_numpy(numbers)], None
-    mask = None if keep is None or keep.all() else torch.from_numpy(keep)
-    vectors = vectors.float()
-    scores, rows = [], []
-    for some in queries.split(max(1, SCORES // len(vectors))):
-        product = some @ vectors.T
-        if mask is not None:
-            product.masked_fill_(~mask, -torch.inf)
-        top = product.topk(min(k, len(vectors)), dim=1)
-        scores.append(top.values.numpy())
-        rows.append(top.indices.numpy())
-    row = np.concatenate(rows)
-    score = np.concatenate(scores)
-    row = (row if numbers is None else numbers[row]) + first
-    return score, np.where(np.isneginf(score), -1, row)
+def _read(folder: Path, ref: PartRef, verify: bool) -> Part:
+    try:
+        return read_part(folder / PARTS, ref.number, verify=verify)
+    except PartError as error:
+        raise IndexError_(f"{error}; restore it from a copy, or build the index again in another folder") from error
 
 
 def best(found: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -303,10 +306,6 @@ def best(found: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> tuple[np.nda
     scores = np.where(rows < 0, -np.inf, scores)
     order = np.lexsort((rows, -scores), axis=1)[:, :k]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
-
-
-def _none(queries: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.full((queries, k), -np.inf, np.float32), np.full((queries, k), -1, np.int64)
 
 
 def _named(columns: Mapping[str, Column]) -> dict[str, Column]:

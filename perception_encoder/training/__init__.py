@@ -2,12 +2,12 @@
 
 config.py, launch.py   a run file to a trained encoder, on one process or many (`perception train-encoder`)
 pairs.py, tasks.py     pictures with texts; what a pass makes of a batch
-recipes.py, probe.py   towers from towers; linear probes of frozen features
-nano.py, loop.py       PE-Core-nano from registry packages, on a CPU
+recipes.py             towers from towers
+probe.py, probing.py   linear probes of frozen features; a run file of one
+nano.py                PE-Core-nano from registry packages, on a CPU
 """
 
 from perception_encoder.training.augment import Augment, plain
-from perception_encoder.training.loop import Loop, LoopConfig
 from perception_encoder.training.losses import (
     clip_loss,
     concept_loss,
@@ -20,8 +20,6 @@ from perception_encoder.training.recipes import SelfDistillation, to_lang, to_sp
 
 __all__ = [
     "Augment",
-    "Loop",
-    "LoopConfig",
     "Muon",
     "Probe",
     "SelfDistillation",

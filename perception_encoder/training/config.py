@@ -8,8 +8,9 @@ from typing import Literal
 from perception.errors import ConfigError
 from perception.settings import check_range
 from perception.training.distributed import EngineConfig
-from perception.training.files import read_run
+from perception.training.files import read_run, read_toml
 from perception.training.state import KeepConfig
+from perception_encoder.training.probe import STRENGTHS
 
 RUNS = Path(__file__).parent / "runs"
 Task = Literal["contrastive", "classify", "spatial"]
@@ -147,7 +148,68 @@ class Run:
             raise ConfigError(f"schedule.warmup={self.schedule.warmup}; expected 0 to less than steps={self.steps}")
 
 
-def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
+@dataclass(frozen=True, kw_only=True)
+class FeaturesConfig:
+    """Whose features a probe looks at.
+
+    init   a name, hub id or folder of a tower
+    layer  the mean of this block's patches, counted from 0, or from the end; when not given what the tower's pool says,
+           or the mean of the last patches where it has none
+    """
+
+    init: str
+    layer: int | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelsConfig:
+    """Pictures and their labels: `source`, `root`, `image`, `text`, `workers` and `max_bad` as in `PairsConfig`.
+
+    validation  the rows that choose the strength, a source like the other; `held_out` of the rows when not given
+    """
+
+    source: str
+    validation: str | None = None
+    held_out: float = 0.2
+    root: str | None = None
+    image: str = "image"
+    text: str = "text"
+    workers: int = 4
+    max_bad: float = 0.001
+
+    def __post_init__(self) -> None:
+        check_range("data.held_out", self.held_out, 0.001, 0.999)
+        self.pairs(self.source)
+
+    def pairs(self, source: str) -> PairsConfig:
+        own = {name: getattr(self, name) for name in ("root", "image", "text", "workers", "max_bad")}
+        return PairsConfig(source=source, **own)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProbeRun:
+    """A linear probe (task = "probe"): nothing of the tower learns, so there are no steps.
+
+    batch      pictures at a time
+    kind       "ridge" or "logistic", see `linear_probe`
+    strengths  of the regularisation; the best on the held-out rows is kept
+    """
+
+    out: str
+    task: Literal["probe"]
+    model: FeaturesConfig
+    data: LabelsConfig
+    batch: int = 64
+    seed: int = 0
+    device: str = "auto"
+    kind: Literal["ridge", "logistic"] = "ridge"
+    strengths: tuple[float, ...] = STRENGTHS
+
+    def __post_init__(self) -> None:
+        check_range("batch", self.batch, 1, 10**6)
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run | ProbeRun:
     """A run file, with values of the command line over it; those of the package go by their names (`run_names()`).
 
     Raises ConfigError for what is no run file.
@@ -156,6 +218,8 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     packaged = RUNS / f"{path.name.removesuffix('.toml')}.toml"
     if not path.exists() and path.parent == Path() and packaged.is_file():
         path = packaged
+    if read_toml(path).get("task") == "probe":
+        return read_run(ProbeRun, path, overrides)
     return read_run(Run, path, overrides)
 
 

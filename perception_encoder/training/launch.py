@@ -19,7 +19,7 @@ from perception_encoder.clip import CLIP
 from perception_encoder.training.config import Run
 from perception_encoder.training.optim import layer_groups, warmup_cosine
 from perception_encoder.training.pairs import Pairs, PairStream, class_names, open_pairs
-from perception_encoder.training.recipes import _headless, to_spatial
+from perception_encoder.training.recipes import adapt_tower, to_spatial
 from perception_encoder.training.tasks import ClassifyTask, ContrastiveTask, SpatialTask, embed, units
 from perception_encoder.vision import VisionTransformer
 from perception_encoder.zoo import load_clip, load_encoder, save
@@ -42,7 +42,6 @@ def train(run: Run, *, model: Any = None, pairs: Pairs | None = None, progress: 
         done = trainer.run()
         if done:
             write_model(trainer, Path(run.out) / "model")
-        world.any(False)  # nobody leaves before the first has written
         return done
 
 
@@ -197,7 +196,8 @@ def _model(run: Run) -> CLIP | VisionTransformer:
     if both and settings.layer_scale is not None:
         raise ConfigError("model.layer_scale is not for task='contrastive'")
     if run.task == "classify" and (settings.drop_last or settings.layer_scale is not None):
-        model = _headless(model, model.config.depth - settings.drop_last, settings.layer_scale)
+        depth = model.config.depth - settings.drop_last
+        model = adapt_tower(model, depth=depth, layer_scale=settings.layer_scale)
     return model
 
 

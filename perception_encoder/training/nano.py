@@ -9,8 +9,9 @@ Three stages:
     image    the vision tower finds each drawing's caption among all concepts', the CNN's features, and what the CNN
              sees at each place; small pictures first, 64 pixels and a falling learning rate at the end
 
-Each stage continues where it was stopped. PE's architecture throughout: patches without overlap, class token, learned
-and rotary positions, attention pooling; CLIP's tokenizer. While it learns, the tower is shown some of the patches only.
+Each stage of learning is a run of the `Trainer` in a folder of its own (`text`, `image`) and continues where it was
+stopped. PE's architecture throughout: patches without overlap, class token, learned and rotary positions, attention
+pooling; CLIP's tokenizer. While it learns, the tower is shown some of the patches only.
 
 B batch  K concepts  M captions a concept  N drawings  C embedding width
 """
@@ -18,21 +19,26 @@ B batch  K concepts  M captions a concept  N drawings  C embedding width
 import argparse
 import logging
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
-from functools import partial
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from copy import deepcopy
+from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from perception.files import atomic_write
 from perception.pixels import PixelSpec
+from perception.training.distributed import EngineConfig, World, processes
+from perception.training.state import KeepConfig
+from perception.training.trainer import Loss, Trainer, TrainerConfig
 from perception_encoder.clip import CLIP
 from perception_encoder.config import TextConfig, VisionConfig
 from perception_encoder.text import TextTransformer
@@ -47,9 +53,9 @@ from perception_encoder.training.drawings import (
     read_drawings,
     read_split,
 )
-from perception_encoder.training.loop import Loop, LoopConfig, Losses
 from perception_encoder.training.losses import concept_loss, cosine_distillation, similarity_distillation
-from perception_encoder.training.optim import make_optimizers
+from perception_encoder.training.optim import make_optimizers, warmup_stable_decay
+from perception_encoder.training.pairs import Report
 from perception_encoder.training.sparse import choose_patches, pool, sparse_tokens
 from perception_encoder.training.teachers import EfficientNetLite0, MiniLM
 from perception_encoder.vision import VisionTransformer
@@ -60,6 +66,7 @@ log = logging.getLogger(__name__)
 NAME = "PE-Core-nano"
 ALL_STYLES = (*TRAIN_STYLES, *MORE_STYLES)
 VALIDATION_STYLE = "fxemoji"  # left out of the image stage, for choices on the way; the test style is for the end
+Losses = dict[str, Tensor]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +75,7 @@ class NanoConfig:
 
     looks  the image stage: from which step on it takes pictures of which side, keeps how many of their patches, and
            takes how many drawings
-    part   drawings a thread takes at a time
+    part   drawings of a pass
     """
 
     image_size: int = 64
@@ -193,32 +200,129 @@ def prepare(config: NanoConfig, data: Path, out: Path) -> Lessons:
     )
 
 
-def text_stage(config: NanoConfig, lessons: Lessons, clip: CLIP, out: Path) -> bool:
+@dataclass
+class Step:
+    """One process's share of a step."""
+
+    packs: Iterator[Any]
+    report: Report
+
+
+class Parts:
+    """What the steps learn from, in parts that the processes share: each takes every `size`-th.
+
+    draw  number of a step -> all its parts; a function of the number alone
+    """
+
+    def __init__(self, draw: Callable[[int], Sequence[Any]], world: World):
+        self.draw, self.rank, self.size = draw, world.rank, world.size
+
+    def steps(self, position: int = 0) -> Iterator[Step]:
+        """Endless; the first is the step of that number."""
+        for step in count(position):
+            parts = self.draw(step)[self.rank :: self.size]
+            yield Step(iter(parts), Report(sum(map(len, parts))))
+
+    def empty(self) -> Tensor:
+        return torch.empty(0)
+
+
+class Task(nn.Module):
+    """Losses with names, each a mean over the rows of a part; their sum is learned, every row alike.
+
+    student  holds what learns
+    losses   part -> its losses
+    names    of the losses
+    """
+
+    def __init__(self, student: nn.Module, losses: Callable[[Any], Losses], names: Sequence[str]):
+        super().__init__()
+        self.student, self.losses = student, losses
+        self.sums = dict.fromkeys(names, 0.0)  # of the step so far
+
+    def forward(self, part: Any) -> Loss:
+        if not len(part):
+            return Loss(torch.zeros((), requires_grad=True), 0.0)
+        losses = self.losses(part)
+        for name, loss in losses.items():
+            self.sums[name] += len(part) * loss.item()
+        return Loss(len(part) * torch.stack(list(losses.values())).sum(), len(part))
+
+    def tell(self, trainer: Trainer, line: dict[str, Any]) -> None:
+        """After a step: each loss by its name, into the record and the log."""
+        if trainer.recorded:
+            totals = trainer.world.total(list(self.sums.values()))
+            line |= {name: round(total / line["learned"], 4) for name, total in zip(self.sums, totals, strict=True)}
+            if trainer.world.first:
+                shown = " ".join(f"{name}={line[name]}" for name in ("step", "seconds", "step_s", *self.sums))
+                log.info("%s %s", trainer.folder.name, shown)
+        self.sums = dict.fromkeys(self.sums, 0.0)
+
+
+def _settings(steps: int, seed: int) -> TrainerConfig:
+    return TrainerConfig(
+        steps=steps,
+        batch=1,  # a place in the data is the number of a step: how many drawings one takes changes on the way
+        seed=seed,
+        average=0.99,
+        log_every=20,
+        keep=KeepConfig(steps=0, minutes=2),
+        tensorboard=False,
+    )
+
+
+def _facts(config: NanoConfig, samples: int) -> dict[str, Any]:
+    return {"config": asdict(config), "fingerprints": {"seed": config.seed, "samples": samples}}
+
+
+def _finish(trainer: Trainer) -> bool:
+    """To the end, where the task gets the averaged weights. False when it was stopped before."""
+    done = trainer.run()
+    with torch.no_grad():
+        for name, mean in trainer.averages.items():
+            trainer.learned[name].copy_(mean)
+    return done
+
+
+def _generator(seed: int, step: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def text_stage(config: NanoConfig, lessons: Lessons, clip: CLIP, out: Path, world: World | None = None) -> bool:
     """The text tower learns the sentence encoder's space. True when it is done."""
-    text = clip.text
+    world, text, seed = world or World(), clip.text, config.seed + 1
     with torch.no_grad():
         text.token_embed.weight.copy_(lessons.table)
     tokens, wanted = lessons.tokens.flatten(0, 1), lessons.wanted.flatten(0, 1)
+    half = config.text_batch // 2
 
-    def losses(generator: torch.Generator) -> dict[str, Tensor]:
-        half = config.text_batch // 2
+    def draw(step: int) -> list[Tensor]:
+        """Captions and words in one part, since each is compared with all others: the other processes wait."""
+        generator = _generator(seed, step)
         a = torch.randint(len(tokens), (half,), generator=generator)
         b = torch.randint(len(lessons.words), (half,), generator=generator)
+        return [torch.cat([a, b])]
+
+    def losses(rows: Tensor) -> Losses:
+        a, b = rows.split(half)
         x = torch.cat([text(trim(tokens[a])), text(trim(lessons.words[b]))])
         y = torch.cat([wanted[a], lessons.words_wanted[b]])
         return {"cosine": 4 * cosine_distillation(x, y), "similarity": similarity_distillation(x, y)}
 
-    steps = config.text_steps
-    loop = Loop(
-        text,
-        make_optimizers(text, config.text_lr, weight_decay=0.01),
-        losses,
-        LoopConfig(steps=steps, warmup=50, decay=steps // 2, seed=config.seed + 1, average=0.99),
-        out / "text",
+    steps, task = config.text_steps, Task(text, losses, ("cosine", "similarity"))
+    return _finish(
+        Trainer(
+            task,
+            make_optimizers(text, config.text_lr, weight_decay=0.01),
+            Parts(draw, world),
+            _settings(steps, seed),
+            out / "text",
+            schedule=lambda step: warmup_stable_decay(step, steps, 50, steps // 2),
+            world=world,
+            facts=_facts(config, len(tokens) + len(lessons.words)),
+            after_step=task.tell,
+        )
     )
-    done = loop.run()
-    text.load_state_dict(loop.average.state_dict())
-    return done
 
 
 class ImageStudent(nn.Module):
@@ -263,49 +367,89 @@ class Look:
     places: float
 
 
-def image_stage(config: NanoConfig, lessons: Lessons, clip: CLIP, out: Path) -> bool:
+@dataclass(frozen=True)
+class Part:
+    """The drawings of a pass.
+
+    rows   B, which
+    names  K C, an embedding of every concept
+    seed   of everything random in how they are looked at
+    """
+
+    rows: Tensor
+    names: Tensor
+    look: Look
+    seed: int
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def tokens(self) -> Tensor:
+        """What the record counts: drawings."""
+        return self.rows
+
+
+class Drawn:
+    """The drawings of each step of the image stage.
+
+    concepts  K M C, the embeddings of all captions; a step takes one of each concept
+    """
+
+    def __init__(self, config: NanoConfig, lessons: Lessons, concepts: Tensor):
+        augment = Augment(line_art=0.15, fade=0.35)
+        self.looks = [(first, Look(augment, side, keep, 4.0, 2.0), batch) for first, side, keep, batch in config.looks]
+        self.learned = torch.nonzero(lessons.style != ALL_STYLES.index(VALIDATION_STYLE))[:, 0]
+        self.concepts, self.part, self.seed = concepts, config.part, config.seed + 2
+
+    def __call__(self, step: int) -> list[Part]:
+        generator, (K, M, C) = _generator(self.seed, step), self.concepts.shape
+        look, batch = [(look, batch) for first, look, batch in self.looks if first <= step][-1]
+        rows = self.learned[torch.randperm(len(self.learned), generator=generator)[:batch]]
+        which = torch.randint(M, (K, 1, 1), generator=generator)
+        names = self.concepts.gather(1, which.expand(-1, 1, C))[:, 0]  # K C
+        parts = rows.split(self.part)
+        seeds = torch.randint(2**31, (len(parts),), generator=generator).tolist()
+        return [Part(some, names, look, seed) for some, seed in zip(parts, seeds, strict=True)]
+
+
+def image_stage(config: NanoConfig, lessons: Lessons, clip: CLIP, out: Path, world: World | None = None) -> bool:
     """The vision tower meets the text tower, which stands still. True when it is done."""
+    world, steps = world or World(), config.image_steps
     concepts = embed_captions(clip.text, lessons.tokens)  # K M C
     student = ImageStudent(clip, config)
     whiten_patches(clip.vision, plain(lessons.pixels[::4], config.image_size))
-    augment = Augment(line_art=0.15, fade=0.35)
-    looks = [(first, Look(augment, side, keep, 4.0, 2.0), batch) for first, side, keep, batch in config.looks]
-    learned = torch.nonzero(lessons.style != ALL_STYLES.index(VALIDATION_STYLE))[:, 0]
-    checks = _Checks(config, lessons, concepts)
+    checks, drawn = _Checks(config, lessons, clip.vision, concepts), Drawn(config, lessons, concepts)
 
-    def losses(generator: torch.Generator) -> list[Callable[[], Losses]]:
-        if loop.step % config.check_every == 0 and loop.rank == 0:
-            checks(loop)
-        look, batch = [(look, batch) for first, look, batch in looks if first <= loop.step][-1]
-        rows = learned[torch.randperm(len(learned), generator=generator)[:batch]]
-        which = torch.randint(concepts.shape[1], (len(concepts), 1, 1), generator=generator)
-        names = concepts.gather(1, which.expand(-1, 1, concepts.shape[2]))[:, 0]  # K C, one caption each
+    def losses(part: Part) -> Losses:
+        return student.losses(lessons, part.rows, part.names, part.look, torch.Generator().manual_seed(part.seed))
 
-        def part(some: Tensor, seed: int) -> Losses:
-            found = student.losses(lessons, some, names, look, torch.Generator().manual_seed(seed))
-            return {name: len(some) / len(rows) * loss for name, loss in found.items()}
+    def after_step(trainer: Trainer, line: dict[str, Any]) -> None:
+        task.tell(trainer, line)
+        if trainer.step % config.check_every == 0 and trainer.world.first:
+            line |= checks(trainer)
 
-        parts = rows.split(config.part)
-        seeds = torch.randint(2**31, (len(parts),), generator=generator).tolist()
-        return [partial(part, some, seed) for some, seed in zip(parts, seeds, strict=True)]
-
-    loop = Loop(
-        student,
-        make_optimizers(student, config.image_lr),
-        losses,
-        LoopConfig(steps=config.image_steps, warmup=60, decay=config.image_decay, seed=config.seed + 2, average=0.99),
-        out / "image",
+    task = Task(student, losses, ("concept", "features", "places"))
+    return _finish(
+        Trainer(
+            task,
+            make_optimizers(student, config.image_lr),
+            Parts(drawn, world),
+            _settings(steps, drawn.seed),
+            out / "image",
+            schedule=lambda step: warmup_stable_decay(step, steps, 60, config.image_decay),
+            world=world,
+            facts=_facts(config, len(drawn.learned)),
+            after_step=after_step,
+        )
     )
-    done = loop.run()
-    student.load_state_dict(loop.average.state_dict())
-    student.requires_grad_(True)
-    return done
 
 
 class _Checks:
     """Now and then: does the averaged tower name drawings of a style it does not learn from?"""
 
-    def __init__(self, config: NanoConfig, lessons: Lessons, concepts: Tensor):
+    def __init__(self, config: NanoConfig, lessons: Lessons, vision: VisionTransformer, concepts: Tensor):
+        self.vision = deepcopy(vision)
         rows = torch.nonzero(lessons.style == ALL_STYLES.index(VALIDATION_STYLE))[:, 0]
         rows = rows[lessons.teacher[rows] == rows]  # not the outlined ones
         some = torch.randperm(len(lessons.pixels), generator=torch.Generator().manual_seed(0))[:300]
@@ -314,24 +458,34 @@ class _Checks:
         self.names = F.normalize(concepts.mean(1), dim=-1)
 
     @torch.no_grad()
-    def __call__(self, loop: Loop) -> None:
-        vision = loop.average.vision
+    def __call__(self, trainer: Trainer) -> dict[str, float]:
+        """What the record says of it: how often the nearest name is the right one, in %."""
+        for name, parameter in self.vision.named_parameters():
+            parameter.copy_(trainer.averages[f"student.vision.{name}"])
         found = []
         for pixels, target in zip(self.pixels, self.target, strict=True):
-            image = torch.cat([vision.pooled(part) for part in pixels.split(64)])
-            found.append(100 * ((image @ self.names.T).argmax(1) == target).float().mean().item())
-        log.info("step %d: held-out style %.1f %%, learned %.1f %%", loop.step, *found)
+            image = torch.cat([self.vision.pooled(part) for part in pixels.split(64)])
+            found.append(round(100 * ((image @ self.names.T).argmax(1) == target).float().mean().item(), 2))
+        log.info("step %d: held-out style %.1f %%, any %.1f %%", trainer.step, *found)
+        return {"top1_held_out": found[0], "top1_any": found[1]}
 
 
-def train(config: NanoConfig, data: Path, out: Path, stages: tuple[str, ...] = ("text", "image")) -> CLIP | None:
-    """Every stage in turn; None when it was stopped on the way."""
+STAGES = {"text": text_stage, "image": image_stage}
+
+
+def train(
+    config: NanoConfig,
+    data: Path,
+    out: Path,
+    stages: Sequence[str] = tuple(STAGES),
+    world: World | None = None,
+) -> CLIP | None:
+    """Every stage in turn up to the last one named, those that are done being only read; None when it was stopped."""
     out.mkdir(parents=True, exist_ok=True)
     lessons = prepare(config, data, out)
-    clip = config.build()
-    for name, stage in (("text", text_stage), ("image", image_stage)):
-        if name not in stages:
-            break
-        if not stage(config, lessons, clip, out):
+    clip, order = config.build(), list(STAGES)
+    for name in order[: 1 + max(map(order.index, stages))]:
+        if not STAGES[name](config, lessons, clip, out, world):
             log.info("stopped in stage %s; the same command continues", name)
             return None
     with torch.no_grad():
@@ -446,29 +600,32 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/nano"))
     parser.add_argument("--processes", type=int, default=2, help="the weights do not depend on it, but for rounding")
     parser.add_argument("--image-steps", type=int, default=NanoConfig.image_steps, help="fewer for an earlier end")
-    parser.add_argument("--stages", nargs="+", default=["text", "image"], choices=["text", "image"])
+    parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
     options = parser.parse_args(arguments)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.processes == 1:
         _work(0, options)
-        return
-    meet = options.out / "meet"
-    meet.unlink(missing_ok=True)
-    torch.multiprocessing.spawn(_work, (options, meet), nprocs=options.processes)
+    else:
+        torch.multiprocessing.spawn(_work, (options, _free_port()), nprocs=options.processes)
 
 
-def _work(rank: int, options: argparse.Namespace, meet: Path | None = None) -> None:
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def _work(rank: int, options: argparse.Namespace, port: int | None = None) -> None:
+    """What one process does. With a port, it is one of several, who meet there."""
     logging.basicConfig(level=logging.WARNING if rank else logging.INFO, format="%(asctime)s %(message)s")
-    torch.set_num_threads(1)
-    if meet is not None:
-        dist.init_process_group("gloo", init_method=f"file://{meet.resolve()}", rank=rank, world_size=options.processes)
-    clip = train(NanoConfig(image_steps=options.image_steps), options.data, options.out, tuple(options.stages))
-    if clip is not None and "image" in options.stages and rank == 0:
-        save(clip.half(), options.out / NAME)
-        log.info("saved %s", options.out / NAME)
-    if meet is not None:
-        dist.barrier()
-        dist.destroy_process_group()
+    if port is not None:  # as torchrun says it
+        place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": options.processes, "MASTER_PORT": port}
+        os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}})
+    with processes(EngineConfig(device="cpu", threads=1, timeout=1800.0)) as world:
+        clip = train(NanoConfig(image_steps=options.image_steps), options.data, options.out, options.stages, world)
+        if clip is not None and "image" in options.stages and world.first:
+            save(clip.half(), options.out / NAME)
+            log.info("saved %s", options.out / NAME)
 
 
 if __name__ == "__main__":

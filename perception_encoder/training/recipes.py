@@ -26,7 +26,7 @@ def to_lang(tower: VisionTransformer, *, drop_last: int = 1, layer_scale: float 
 
     Raises ConfigError for more blocks than there are.
     """
-    return _headless(tower, tower.config.depth - drop_last, layer_scale)
+    return adapt_tower(tower, depth=tower.config.depth - drop_last, layer_scale=layer_scale)
 
 
 def to_spatial(tower: VisionTransformer, *, layer_scale: float | None = None) -> VisionTransformer:
@@ -34,20 +34,41 @@ def to_spatial(tower: VisionTransformer, *, layer_scale: float | None = None) ->
 
     `SelfDistillation` then teaches its last block what an inner one says.
     """
-    return _headless(tower, tower.config.depth, layer_scale)
+    return adapt_tower(tower, layer_scale=layer_scale)
 
 
-def _headless(tower: VisionTransformer, depth: int, layer_scale: float | None) -> VisionTransformer:
+def adapt_tower(
+    tower: VisionTransformer,
+    *,
+    image_size: int | None = None,
+    depth: int | None = None,
+    layer_scale: float | None = None,
+) -> VisionTransformer:
+    """A tower for others to build on from one that was trained alone: no final norm, no pooling head, same weights.
+
+    image_size   positions are stretched bilinearly to its grid, once, and learn from there
+    depth        the first blocks that stay (23 of PE-Core-L's 24, 47 of PE-Core-G's 50)
+    layer_scale  gains of the blocks' branches begin at this; those that are there stay
+
+    Raises ConfigError for a depth it does not have.
+    """
     old = tower.config
+    depth = old.depth if depth is None else depth
     if not 1 <= depth <= old.depth:
-        raise ConfigError(f"{old.depth - depth} blocks cannot go from a tower of {old.depth}; leave 1 at least")
+        raise ConfigError(f"depth={depth} of a tower of {old.depth} blocks; expected 1 to {old.depth}")
+    size = old.image_size if image_size is None else image_size
     start = old.layer_scale if old.layer_scale is not None else layer_scale
-    config = replace(old, depth=depth, layer_scale=start, norm_post=False, pool=None, output_width=None)
+    config = replace(
+        old, image_size=size, depth=depth, layer_scale=start, norm_post=False, pool=None, output_width=None
+    )
     like = tower.pos_embed
+    # Weights that are not carried over, the gains, have fixed values: the global generator is left alone.
     with torch.random.fork_rng(devices=[]), torch.device(like.device):
-        new = VisionTransformer(config, tower.preprocess).to(like.dtype)
+        new = VisionTransformer(config, replace(tower.preprocess, size=size)).to(like.dtype)
     kept = new.state_dict()
-    new.load_state_dict({**kept, **{name: t for name, t in tower.state_dict().items() if name in kept}})
+    carried = {name: tensor for name, tensor in tower.state_dict().items() if name in kept}
+    carried["pos_embed"] = tower.positions(config.grid, config.grid).detach()
+    new.load_state_dict({**kept, **carried})
     return new
 
 

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from perception.training.trainer import Loss
 from perception_encoder.clip import CLIP
 from perception_encoder.training.config import LossConfig
+from perception_encoder.training.flops import tower_flops, vision_flops
 from perception_encoder.training.losses import clip_loss, cosine_distillation, similarity_distillation
 from perception_encoder.training.pairs import Batch
 from perception_encoder.training.recipes import SelfDistillation
@@ -56,7 +57,16 @@ class ContrastiveTask(nn.Module):
                 total = total + self.loss.features * cosine_distillation(self.features(image), wanted)
             if self.loss.relations:
                 total = total + self.loss.relations * similarity_distillation(image, wanted)
-        return Loss(total * count, count)
+        return Loss(total * count, count, count * self._flops(batch))
+
+    def _flops(self, batch: Batch) -> float:
+        (teacher,) = self.teacher
+        found = vision_flops(self.model.vision, batch.pixels.shape[-1])
+        if self.loss.contrastive:
+            found += tower_flops(self.model.text, self.model.text.config.context, causal=True)
+        if batch.teacher is not None and isinstance(tower := getattr(teacher, "tower", None), VisionTransformer):
+            found += vision_flops(tower, batch.teacher.shape[-1])
+        return found
 
 
 class ClassifyTask(nn.Module):
@@ -75,7 +85,8 @@ class ClassifyTask(nn.Module):
         assert batch.labels is not None
         logits = self.head(embed(self.model, batch.pixels.to(device)))
         loss = F.cross_entropy(logits, batch.labels.to(device), label_smoothing=self.smooth, reduction="sum")
-        return Loss(loss, len(batch.pixels))
+        count = len(batch.pixels)
+        return Loss(loss, count, count * vision_flops(self.model, batch.pixels.shape[-1]))
 
 
 class SpatialTask(nn.Module):
@@ -91,7 +102,9 @@ class SpatialTask(nn.Module):
 
     def forward(self, batch: Batch) -> Loss:
         pixels = batch.pixels.to(self.model.pos_embed.device)
-        return Loss(self.distillation(pixels) * len(pixels), len(pixels))
+        (teacher,), side = self.distillation.teacher, pixels.shape[-1]
+        flops = vision_flops(self.model, side) + vision_flops(teacher, side, blocks=self.distillation.layer + 1)
+        return Loss(self.distillation(pixels) * len(pixels), len(pixels), len(pixels) * flops)
 
 
 def embed(tower: VisionTransformer, pixels: Tensor) -> Tensor:

@@ -6,12 +6,12 @@ from typing import Any, cast
 import torch
 
 from perception.errors import ConfigError
+from perception_encoder.training.recipes import adapt_tower
 from perception_encoder.vision import VisionTransformer
 from perception_lm.assistant import Assistant
 from perception_lm.config import DecoderConfig, MediaConfig, ProjectorConfig
 from perception_lm.projector import build_projector
-from perception_lm.training.run import ModelConfig, Run
-from perception_lm.training.tower import adapt_tower
+from perception_lm.training.run import ModelConfig, Run, frozen_as_stored
 
 
 def build_assistant(run: Run, device: torch.device) -> Assistant:
@@ -22,7 +22,7 @@ def build_assistant(run: Run, device: torch.device) -> Assistant:
     config = run.model
     if (config.init is None) == (config.encoder is None):
         raise ConfigError("[model] names a whole model, init, or the parts of one, encoder and decoder; one of the two")
-    dtype = "stored" if run.lora is not None else "float32"
+    dtype = "stored" if frozen_as_stored(run) else "float32"
     if config.init is not None:
         from perception_lm.zoo import load
 

@@ -4,9 +4,14 @@ An adapter is a folder as peft writes one, `adapter_config.json` and `adapter_mo
 whatever else was learned whole beside the matrices. `perception_lm.load` takes it like a model.
 """
 
+import contextlib
 import json
 import re
+import sys
+from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -26,16 +31,40 @@ def add_lora(model: nn.Module, config: Any) -> list[str]:
 
     Raises ConfigError when nothing matches, and for what matches and is no linear layer, MissingExtra without peft.
     """
-    try:
-        from peft import LoraConfig, inject_adapter_in_model
-    except ImportError as error:
-        raise missing_extra("peft", "train") from error
+    peft = _peft()
     names = targets(model, config.targets)
-    lora = LoraConfig(
+    lora = peft.LoraConfig(
         r=config.rank, lora_alpha=config.alpha, lora_dropout=config.dropout, target_modules=names, bias="none"
     )
-    inject_adapter_in_model(lora, model, adapter_name=NAME)
+    peft.inject_adapter_in_model(lora, model, adapter_name=NAME)
     return names
+
+
+def _peft() -> ModuleType:
+    """peft, beside a torchvision that cannot be loaded, too.
+
+    peft imports transformers, and transformers any torchvision that is installed. Adapters need none, so one that was
+    built for another torch ("operator torchvision::nms does not exist") counts as not installed while they look.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            import_module("torchvision")
+        except Exception:
+            stack.enter_context(_hidden("torchvision"))
+        try:
+            return import_module("peft")
+        except Exception as error:  # whatever its own imports meet
+            raise missing_extra("peft", "train", f"{type(error).__name__}: {error}") from error
+
+
+@contextlib.contextmanager
+def _hidden(package: str) -> Iterator[None]:
+    """A package that cannot be found, for as long as the block lasts."""
+    sys.modules[package] = None  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del sys.modules[package]
 
 
 def targets(model: nn.Module, patterns: tuple[str, ...]) -> list[str]:

@@ -222,13 +222,15 @@ def make_trainer(
     torch.manual_seed(run.seed)
     assistant = assistant or build_assistant(run, world.device)
     trained_on(assistant, run)
-    model = assistant.model.float() if not _foreign_dtype(run) else assistant.model
-    model = model.to(world.device)
+    model = (assistant.model if frozen_as_stored(run) else assistant.model.float()).to(world.device)
     if run.lora is not None:
         from perception_lm.training.lora import add_lora
 
         add_lora(model, run.lora)
     learn_only(model, (*run.model.learn, *([r".*\.lora_[AB]\..*"] if run.lora else [])))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # steps are too small for half of the digits
     if run.model.drop_path:
         add_drop_path(cast(nn.Module, model.encoder), run.model.drop_path)
     found = find_sources(run.data, sources)
@@ -269,9 +271,12 @@ def _shape(schedule: ScheduleConfig) -> dict[str, Any]:
     return {"warmup": schedule.warmup, "floor": schedule.floor, "decay": schedule.decay}
 
 
-def _foreign_dtype(run: Run) -> bool:
-    """Frozen weights of a LoRA run stay in the dtype they were loaded in; all else learns in float32."""
-    return run.lora is not None
+def frozen_as_stored(run: Run) -> bool:
+    """Whether frozen weights keep the dtype of their files: beside adapters, where passes are half as precise anyway.
+
+    What learns is float32 in every run.
+    """
+    return run.lora is not None and run.engine.precision == "bf16"
 
 
 def trained_on(assistant: Assistant, run: Run) -> None:

@@ -5,6 +5,7 @@ import torch
 
 import perception_encoder as pe
 from perception.errors import ConfigError
+from perception.kernels import linear
 from perception.optimize import FastPart, Plan, has_twin, optimize, optimize_part
 
 SMALL = pe.VisionConfig(image_size=16, patch_size=8, width=32, depth=2, heads=2, mlp_width=64, output_width=16)
@@ -42,6 +43,12 @@ def test_the_model_is_left_alone_and_found_again(tower: pe.VisionTransformer) ->
     assert all(parameter.requires_grad for parameter in tower.parameters())
     tower.pooled(torch.randn(1, 3, 16, 16)).sum().backward()  # it can still be trained
     assert tower.patch_embed.weight.grad is not None
+
+
+def test_each_model_may_measure_anew(tower: pe.VisionTransformer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(linear, "_spent", [99.0])
+    optimize(tower)
+    assert sum(linear._spent) < 99
 
 
 def test_a_twin_has_no_twin(tower: pe.VisionTransformer) -> None:

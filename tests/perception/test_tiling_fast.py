@@ -40,12 +40,20 @@ def test_golden_tiles_by_the_fast_rule(golden: Path) -> None:
 
 
 @pytest.mark.parametrize("fast", [False, True])
-def test_numbers_are_the_codes_normalised_to_the_bit(fast: bool) -> None:
-    rule = PixelSpec(size=16, interpolation="bicubic", mean=(0.48, 0.46, 0.41), std=(0.27, 0.26, 0.28))
+@pytest.mark.parametrize(
+    ("mean", "std"),
+    [((0.48, 0.46, 0.41), (0.27, 0.26, 0.28)), ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)), ((0.1, 0.9, 0.48), (0.25, 1, 0.5))],
+)
+def test_numbers_are_the_codes_normalised_to_the_bit(
+    fast: bool, mean: tuple[float, float, float], std: tuple[float, float, float]
+) -> None:
+    rule = PixelSpec(size=16, interpolation="bicubic", mean=mean, std=std)
     rule = rule.fast() if fast else rule
     codes = tile_codes(noise(50, 31), 16, 6, spec=rule)
     shift, scale = (torch.tensor(values)[:, None, None] for values in (rule.mean, rule.std))
-    wanted = (codes.float() / 255 - shift) / scale
+    wanted = (codes.float() / 255 - shift) / scale  # in the published order
+    every = torch.arange(256, dtype=torch.uint8).expand(3, 2, -1)
+    assert torch.equal(rule.normalize(every), (every.float() / 255 - shift) / scale)
     assert torch.equal(tile_image(noise(50, 31), 16, 6, spec=rule), wanted)
     for dtype in (torch.bfloat16, torch.float16):
         tiles = tile_image(noise(50, 31), 16, 6, spec=rule, dtype=dtype)

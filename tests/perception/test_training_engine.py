@@ -5,6 +5,8 @@ import logging
 import os
 import pickle
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -405,3 +407,36 @@ def test_devices_that_are_not_here() -> None:
         pass
     with pytest.raises(ConfigError, match="precision"):
         read_settings(EngineConfig, {"precision": "fp8"}, "engine")
+
+
+ENDING = """
+import atexit, os
+from pathlib import Path
+
+def tell():  # asked for first, and so called last
+    names = [Path(f"/proc/self/task/{task}/comm").read_text().strip() for task in os.listdir("/proc/self/task")]
+    print([name for name in names if "gloo_runloop" in name])
+
+atexit.register(tell)
+import torch
+from perception.training.distributed import EngineConfig, processes, shard, whole_tensor
+from perception.training.state import Checkpoints
+
+torch.set_num_threads(1)
+config = EngineConfig(device="cpu", shard="full")
+with processes(config) as world:
+    layer = torch.nn.Linear(4, 4)
+    shard(layer, [], config, world)
+    layer(torch.ones(2, 4)).sum().backward()
+    whole_tensor(layer.weight.grad)
+    Checkpoints("checkpoints", world=world).save(1, dict(layer.named_parameters()), {})
+del layer
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="threads are looked up in /proc")
+def test_no_thread_of_the_group_outlives_a_run(tmp_path: Path) -> None:
+    """One that still held tensors while the interpreter ended would end the process with signal 6."""
+    given = {"cwd": tmp_path, "env": {**os.environ, "OMP_NUM_THREADS": "1"}, "capture_output": True, "text": True}
+    done = subprocess.run([sys.executable, "-c", ENDING], timeout=200, check=False, **given)  # type: ignore[call-overload]
+    assert (done.returncode, done.stdout) == (0, "[]\n"), done.stderr

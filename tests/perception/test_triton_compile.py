@@ -10,7 +10,7 @@ COMPILE = """
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
-from perception.kernels.triton import decode, norm, quantized, rotary, swiglu
+from perception.kernels.triton import decode, int4, norm, quantized, rotary, swiglu
 
 def build(kernel, pointers, numbers, constants, **options):
     types = {**pointers, **dict.fromkeys(numbers.split(), "i32"), **dict.fromkeys(constants, "constexpr")}
@@ -34,6 +34,9 @@ for mean, branch, gain in ((True, True, True), (False, True, False), (True, Fals
 build(swiglu._swiglu, dict(gate_up=x, y=x), "hidden", dict(BLOCK=1024))
 build(quantized._quantize, dict(x=x, codes="*i8", scale=f), "width", dict(BLOCK=2048), num_warps=8)
 build(quantized._rescale, dict(total="*i32", x_scale=f, scale=f, bias=x, y=x), "width", dict(BIAS=True, BLOCK=1024))
+four = dict(codes="*u8", scale="*bf16", offset="*bf16")
+build(int4._few_rows, dict(x=x, **four, y=x), "width outputs", dict(HALF=32, OUTPUTS=16, BLOCK=128), num_warps=4)
+build(int4._unpack, dict(**four, weight=x), "width", dict(HALF=32, BLOCK=128))
 print("built")
 """
 
@@ -41,9 +44,11 @@ WITHOUT = """
 import sys
 sys.modules["triton"] = None
 import torch
-from perception.kernels.triton import decode, language, norm, rotary, swiglu
+from perception.kernels.triton import decode, int4, language, norm, rotary, swiglu
 assert not language.INSTALLED
 x = torch.randn(3, 8)
+product = int4.Product4(torch.randn(5, 32))
+assert torch.allclose(product(torch.ones(1, 32)), product(torch.ones(20, 32))[:1], atol=1e-5)
 assert torch.equal(swiglu.swiglu(x), swiglu.swiglu_plain(x))
 assert torch.equal(norm.rms_norm(x, x[0], 1e-5), norm.rms_norm_plain(x, x[0], 1e-5))
 print("ran")

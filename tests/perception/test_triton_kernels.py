@@ -28,9 +28,11 @@ def test_rotate_qk(dtype: torch.dtype, heads: int, head_dim: int, grid: tuple[in
 
 @dtypes
 @pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(6, 2, 24), (3, 3, 64), (4, 1, 96)])
-def test_rotate_into_cache(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int) -> None:
-    """Rows stand at positions of their own; the token that does not fit is not kept, and nothing else is touched."""
-    rope = tuple(t.to(DEVICE) for t in rope_1d(torch.arange(12), head_dim, scaling=RopeScaling(factor=8.0)))
+@pytest.mark.parametrize("angles", [12, 9])
+def test_rotate_into_cache(dtype: torch.dtype, heads: int, kv_heads: int, head_dim: int, angles: int) -> None:
+    """Rows stand at positions of their own; the token that does not fit is not kept, and nothing else is touched. A
+    table that is too short for it is not read beyond its end."""
+    rope = tuple(t.to(DEVICE)[:angles] for t in rope_1d(torch.arange(12), head_dim, scaling=RopeScaling(factor=8.0)))
     positions = torch.tensor([[4, 5, 6], [7, 8, 9]], device=DEVICE)
     keys, values = (randn(2, 9, kv_heads, head_dim, dtype=dtype, seed=seed) for seed in (1, 2))
     qkv = randn(2, 3, heads + 2 * kv_heads, head_dim, dtype=dtype)

@@ -1,11 +1,13 @@
-"""Linear maps in eight bits: the kernels equal their twins, the product equals the formula, and the gate holds."""
+"""Linear maps in eight and four bits: the kernels equal their twins, the product the formula, and the gate holds."""
 
 import pytest
 import torch
 from triton_here import DEVICE, DTYPES, randn, same
 
 from perception.errors import ConfigError
-from perception.kernels.triton import quantized
+from perception.kernels.matvec import round4, unround
+from perception.kernels.triton import int4, quantized
+from perception.kernels.triton.int4 import Product4
 from perception.kernels.triton.quantized import Product
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
@@ -86,3 +88,59 @@ def test_sizes_the_units_do_not_take() -> None:
 def test_an_unknown_code() -> None:
     with pytest.raises(ConfigError, match="no code 'int5' of eight bits; there are: int8, fp8"):
         quantized.check_code("int5", torch.device("cpu"))
+
+
+# --- Four bits --------------------------------------------------------------------------------------------------------
+
+
+@dtypes
+@pytest.mark.parametrize(("N", "K"), [(5, 32), (20, 96), (16, 320)])
+def test_four_bits_are_what_every_device_rounds_to(dtype: torch.dtype, N: int, K: int) -> None:
+    weight = randn(N, K, dtype=dtype)
+    packed = int4.pack(weight)
+    wanted = unround(*round4(weight, 64 if K % 64 == 0 else 32))
+    assert packed[0].shape == (N, K // 2)
+    same(int4.unpack(*packed, dtype), wanted.to(dtype))
+    same(int4.unpack_plain(*packed, torch.float32), wanted)
+
+
+@dtypes
+@pytest.mark.parametrize("rows", [1, 3])
+@pytest.mark.parametrize(("N", "K"), [(5, 32), (20, 96), (33, 320)])
+def test_a_few_rows_by_four_bits(dtype: torch.dtype, rows: int, N: int, K: int) -> None:
+    """Groups of 64 and of 32, outputs that fill no program, inputs that end inside a step of it."""
+    x, packed = randn(rows, K, dtype=dtype, seed=1), int4.pack(randn(N, K, dtype=dtype))
+    got = int4.few_rows(x, *packed)
+    assert got.dtype == dtype
+    rounding = {torch.float32: 1e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}[dtype]  # the interpreter cuts bits off
+    numbers = unround(*round4(randn(N, K, dtype=dtype), 64 if K % 64 == 0 else 32))
+    for wanted in (int4.few_rows_plain(x, *packed), x.double() @ numbers.double().T):
+        assert torch.linalg.vector_norm(got - wanted) <= rounding * torch.linalg.vector_norm(wanted)
+
+
+def test_a_product_in_four_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few rows and many give the same, each its own way; views of x are read as they mean."""
+    read, sizes = int4.few_rows, list[int]()
+    monkeypatch.setattr(int4, "few_rows", lambda x, *packed: (sizes.append(len(x)), read(x, *packed))[1])
+    weight = randn(24, 64)
+    product = Product4(weight)
+    x = randn(4, 9, 128, seed=2)[..., :64]
+    many = product(x)
+    assert not sizes
+    few = torch.cat([product(row) for row in x])
+    assert sizes == [9] * 4
+    assert many.shape == (4, 9, 24)
+    assert torch.linalg.vector_norm(few - many.flatten(0, 1)) < 1e-6 * torch.linalg.vector_norm(many)
+    assert torch.nn.functional.cosine_similarity(many.flatten(), (x @ weight.T).flatten(), dim=0) > 0.98
+    assert product(x[:0]).shape == (0, 9, 24)
+
+
+def test_what_four_bits_refuse() -> None:
+    assert not int4.takes(randn(8, 48))
+    with pytest.raises(ValueError, match=r"K a multiple of 32; given weight \(8, 48\)"):
+        int4.pack(randn(8, 48))
+    packed = int4.pack(randn(8, 64))
+    with pytest.raises(ValueError, match="x is M K, codes N K/2"):
+        int4.few_rows(randn(2, 32), *packed)
+    with pytest.raises(ValueError, match="x is M K, codes N K/2"):
+        int4.unpack(packed[0], packed[1][:4], packed[2], torch.float32)

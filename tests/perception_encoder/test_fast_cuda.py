@@ -11,7 +11,7 @@ from triton_here import DEVICE
 
 from perception.errors import ConfigError
 from perception.kernels.triton import language
-from perception.optimize import Plan
+from perception.optimize import Plan, Quantize
 from perception_encoder import fast_cuda
 from perception_encoder.clip import CLIP
 from perception_encoder.fast_cuda import CudaVision, fast_text, fast_vision
@@ -81,6 +81,27 @@ def test_graphs_are_told_apart(golden: Path, twins: None) -> None:
     assert golden_files.relative(fast(large).tokens(), tower(large).tokens()) < 1e-5
     assert len(fast.graphs.kept) == 6
     assert fast(pixels_for(tower, 0)).patches.shape == (0, 2, 3, tower.width)
+
+
+@pytest.mark.parametrize("quantize", [None, "int8"])
+def test_large_batches_compiled(golden: Path, quantize: Quantize | None) -> None:
+    """Without a break in the graph, from the kernels' twins; eagerly here. Small batches go on as before."""
+    torch.compiler.reset()
+    tower = tower_of(golden, "core_cls")
+    fast = fast_vision(tower, Plan(quantize))
+    large, small = pixels_for(tower, fast_cuda.GRAPH_BATCH + 1), pixels_for(tower, 1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(language, "INTERPRETED", False)
+        wanted = [fast.pooled(large), fast(large).tokens(), fast.pooled(small)]
+    fast.compile(backend="eager", fullgraph=True, mode=None)
+    for _ in range(2):
+        got = [fast.pooled(large), fast(large).tokens(), fast.pooled(small)]
+        for mine, theirs in zip(got, wanted, strict=True):
+            assert golden_files.relative(mine, theirs) < 1e-5
+    assert isinstance(fast.large, fast_cuda.Compiled)
+    assert len(fast.large.kept) == 2
+    fast.compile()
+    assert fast.large.options == {"mode": "max-autotune-no-cudagraphs"}
 
 
 def test_sizes_are_forgotten_with_their_graphs(golden: Path, twins: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,6 +151,16 @@ def test_from_parts_nothing_is_embedded_again(clip: pe.CLIP, tmp_path: Path, mon
     other = pe.load_clip("PE-Core-nano", device="cpu")
     with pytest.raises(ConfigError, match="another model"):
         pe.Index.build(tmp_path / "parts", other, tmp_path / "other")
+    index.delete([files[2]])
+    assert len(pe.Index.build(tmp_path / "parts", None, tmp_path / "idx")) == 5  # opened, not begun anew
+    pe.embed(clip, files[:3], out=tmp_path / "fewer")
+    before = contents(tmp_path / "idx")
+    with pytest.raises(ConfigError, match="index of other pictures"):
+        pe.Index.build(tmp_path / "fewer", clip, tmp_path / "idx")
+    (tmp_path / "idx" / "index.json").unlink()
+    with pytest.raises(ConfigError, match="parts of something else"):
+        pe.Index.build(tmp_path / "fewer", clip, tmp_path / "idx")
+    assert contents(tmp_path / "idx") == {name: one for name, one in before.items() if name != "index.json"}
     (tmp_path / "parts" / "part-00001.json").unlink()
     with pytest.raises(ConfigError, match="missing or damaged"):
         pe.Index.build(tmp_path / "parts", clip, tmp_path / "less")
@@ -207,6 +217,32 @@ def test_f107_another_model_or_preprocessing(clip: pe.CLIP, built: tuple[pe.Inde
         clip.preprocess = before
     with pytest.raises(ConfigError, match="another model or preprocessing"):
         pe.Index.open(folder / "idx", model=pe.load_clip("PE-Core-nano", device="cpu"))
+
+
+def test_queries_that_say_nothing(built: tuple[pe.Index, Path]) -> None:
+    """A path that was mistyped is no sentence."""
+    index, folder = built
+    for query, message in (
+        ("", "empty"),
+        (" \n", "empty"),
+        ("cat.png", "no picture"),
+        (str(folder / "x.JPG"), "no pic"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            index.search(query)
+    with pytest.warns(UserWarning, match="were cut"):
+        assert index.search("a very long sentence " * 100)  # too long for a path, and for the system to look it up
+
+
+def test_texts_and_pictures_keep_apart(clip: pe.CLIP, built: tuple[pe.Index, Path]) -> None:
+    index, folder = built
+    (folder / "t.txt").write_text("a cat\n")
+    with pytest.raises(ConfigError, match="an index of images; texts belong"):
+        index.add(folder / "t.txt")
+    words = pe.Index.build(folder / "t.txt", clip, folder / "words")
+    with pytest.raises(ConfigError, match="an index of texts; images belong"):
+        words.add(folder / "photos")
+    assert words.search(str(folder / "photos" / "0001.png"))[0].text == "a cat"
 
 
 def test_refusals(clip: pe.CLIP, built: tuple[pe.Index, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,6 +333,19 @@ def test_foreign_vectors_nobody_vouches_for(clip: pe.CLIP, tmp_path: Path) -> No
     assert "#2" in texts.failures()[0].source
     vouched = pe.Index.build(tmp_path / "p", clip, tmp_path / "idx2")
     assert len(vouched.search("a cat", 2)) == 2
+
+
+def test_somebody_vouches_later(clip: pe.CLIP, tmp_path: Path) -> None:
+    np.save(tmp_path / "v.npy", np.random.default_rng(0).normal(size=(4, 12)).astype("f4"))
+    parts = import_vectors(tmp_path / "v.npy", tmp_path / "p").folder
+    with pytest.raises(ConfigError, match="vouch for one"):
+        pe.Index.build(parts, None, tmp_path / "idx").search("a cat")
+    with pytest.raises(ConfigError, match="vectors of 12; the model given makes 384"):
+        pe.Index.build(parts, pe.load_clip("PE-Core-nano", device="cpu"), tmp_path / "idx")
+    assert len(pe.Index.build(parts, clip, tmp_path / "idx").search("a cat")) == 4
+    assert len(pe.Index.open(tmp_path / "idx", model=clip).search("a cat")) == 4
+    with pytest.raises(ConfigError, match="need the model that made the vectors"):
+        pe.Index.build(parts, None, tmp_path / "other", queries=["a cat"])
 
 
 def test_f110_arrays_with_objects_in_them(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -217,6 +218,11 @@ def test_lists_and_refusals(clip: pe.CLIP, files: list[str], tmp_path: Path) -> 
         as_source([b"bytes"])
     with pytest.raises(ConfigError, match="take the options"):
         as_source(files[0], fps=3)
+    with pytest.raises(MediaError, match="there is no file or folder"):
+        as_source(tmp_path / "nowhere")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="is a file; parts need a folder"):
+        pe.embed(clip, files, out=tmp_path / "file")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match="nothing to embed"):
         pe.embed(clip, tmp_path / "empty", out=tmp_path / "out")
@@ -316,56 +322,68 @@ def test_a_vector_that_is_no_number_is_a_failure(clip: pe.CLIP, files: list[str]
 
 
 KILLED = """
-import sys, time, torch
+import sys, time, pathlib, torch
 torch.set_num_threads(1)
 import perception_encoder as pe
-from perception_encoder.retrieval import pipeline
-source, out, marker, slow = sys.argv[1], sys.argv[2], sys.argv[3], float(sys.argv[4])
+source, out, log, slow, what = sys.argv[1:]
 clip = pe.load_clip("PE-Core-nano", device="cpu")
-real = pipeline.write_part
-def write(folder, number, *rest):
-    time.sleep(slow)
-    with open(marker, "a") as file:
-        file.write(f"{number}\\n")
-    return real(folder, number, *rest)
-pipeline.write_part = write
+real = pathlib.Path.replace
+def replace(path, target):  # every file of ours takes its place so
+    with open(log, "a") as file:
+        file.write(pathlib.Path(target).name + chr(10))
+    time.sleep(float(slow))
+    result = real(path, target)
+    time.sleep(float(slow))
+    return result
+pathlib.Path.replace = replace
 print("ready", flush=True)
-INDEX = sys.argv[5] == "index"
-if INDEX:
-    pe.Index.build(source, clip, out, part_rows=4, batch_size=2, kind="ivf-flat")
+if what == "index":
+    pe.Index.build(source, clip, out, part_rows=25, batch_size=5, kind="ivf-flat")
 else:
     pe.embed(clip, source, out=out, part_rows=4, batch_size=2)
 print("done", flush=True)
 """
 
 
-def kill_at_random_moments(tmp_path: Path, count: int, kills: int, what: str) -> None:
+def kill_at_random_moments(tmp_path: Path, count: int, kills: int, what: str) -> set[str]:
+    """Kill a job that many times while it works, start it again each time, and compare; the files that were under way.
+
+    A moment is so many files after the start and a bit: kills are spread over the whole of the job, however fast the
+    machine is. A job that comes to its end in between is compared too, and begun anew.
+    """
     pictures(tmp_path / "in", count)
-    marker = tmp_path / "marker"
+    chance, log, interrupted = random.Random(5), tmp_path / "log", set()
 
     def start(out: str, slow: float) -> "subprocess.Popen[str]":
+        log.write_text("")
         command = [sys.executable, "-W", "error", "-c", KILLED, str(tmp_path / "in"), str(tmp_path / out)]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen([*command, str(marker), str(slow), what], stdout=subprocess.PIPE, text=True, env=env)
+        return subprocess.Popen([*command, str(log), str(slow), what], stdout=subprocess.PIPE, text=True, env=env)
 
     assert "done" in start("whole", 0).communicate()[0]
-    wanted = contents(tmp_path / "whole")
-    marker.write_text("")
-    chance = random.Random(5)
-    for _ in range(kills):
-        process = start("killed", 0.05)
+    wanted, files = contents(tmp_path / "whole"), len(log.read_text().split())
+    killed = 0
+    while killed < kills:
+        before = {path.stem for path in (tmp_path / "killed").rglob("part-*.json")}
+        process, after = start("killed", 0.01), chance.randint(1, max(2, 4 * files // kills))
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        time.sleep(chance.uniform(0, 0.06 * count / 4))
+        while len(log.read_text().split()) < after and process.poll() is None:
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.04))
         process.send_signal(signal.SIGKILL)
-        process.wait()
-        process.stdout.close()
+        ended = "done" in process.communicate()[0]
+        made = log.read_text().split()
+        assert not before & {name.partition(".")[0] for name in made}, "a finished part was made again"
+        if ended:
+            assert contents(tmp_path / "killed") == wanted
+            shutil.rmtree(tmp_path / "killed")
+        else:
+            killed += 1
+            interrupted.add(made[-1])
     assert "done" in start("killed", 0).communicate()[0]
     assert contents(tmp_path / "killed") == wanted
-    # A part is begun again only when the kill came before it was finished: once a kill at the most.
-    made = marker.read_text().split()
-    assert len(made) <= -(-count // 4) + kills
-    assert set(made) == {str(part) for part in range(-(-count // 4))}
+    return interrupted
 
 
 def test_f108_killed_twice_and_the_bytes_are_equal(tmp_path: Path) -> None:
@@ -376,7 +394,10 @@ def test_f108_killed_twice_and_the_bytes_are_equal(tmp_path: Path) -> None:
 @pytest.mark.parametrize("what", ["parts", "index"])
 def test_f108_killed_at_20_random_moments(tmp_path: Path, what: str) -> None:
     pytest.importorskip("faiss")
-    kill_at_random_moments(tmp_path, 200, 20, what)
+    interrupted = kill_at_random_moments(tmp_path, 200, 20, what)
+    kinds = {name.partition("-")[0] for name in interrupted}
+    assert "part" in kinds
+    assert what == "parts" or kinds & {"trained", "block", "index", "manifest.json", "report.json", "index.json"}
 
 
 # --- the same parts, whoever makes them ------------------------------------------------------------------------------

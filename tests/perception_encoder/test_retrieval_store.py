@@ -23,7 +23,7 @@ from retrieval_tools import clustered, contents
 faiss = pytest.importorskip("faiss", reason="the extra `retrieval` is not installed")
 pytest.importorskip("pyarrow", reason="the extra `retrieval` is not installed")
 
-from perception_encoder.retrieval import blocks, building  # noqa: E402
+from perception_encoder.retrieval import blocks, building, exact  # noqa: E402
 from perception_encoder.retrieval.choice import Choice, candidates, choose, list_count, parse_bytes, recall  # noqa: E402
 from perception_encoder.retrieval.faiss_store import FaissStore  # noqa: E402
 from perception_encoder.retrieval.groups import clusters, duplicates  # noqa: E402
@@ -280,6 +280,23 @@ def test_every_kind_finds_adds_forgets_and_merges(rows: Tensor, tmp_path: Path, 
     assert share(store) >= 0.85
 
 
+@pytest.mark.parametrize("kind", ["ivf-flat", "ivf-sq8", "hnsw"])
+def test_f102_as_many_as_there_are(rows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Lists that are looked through hold fewer rows than are wanted, and a filter leaves a graph in pieces."""
+    store, _ = build(tmp_path / "s", rows, kind, target_recall=0.3)
+    assert {len(found) for found in store.search(rows[:3], 2000)} == {2000}
+    assert {len({match.id for match in found}) for found in store.search(rows[:3], 9999)} == {4000}
+    from perception_encoder.retrieval import versions
+
+    monkeypatch.setattr(versions, "FEW", 0)
+    monkeypatch.setattr(versions, "SHARE", 0.0)  # the index is asked whatever the filter leaves
+    store.delete(["7"])
+    found = store.search(rows[:3], 500, filter={"n": {"<": 300}})
+    assert {len(one) for one in found} == {299}
+    exact = (rows[:3] @ rows[:300].T).sort(descending=True).indices.tolist()
+    assert [[int(match.id) for match in one] for one in found] == [[i for i in one if i != 7] for one in exact]
+
+
 def test_product_quantizer(tmp_path: Path) -> None:
     """Sixteen-fold smaller codes; the exact scores come back from the stored vectors."""
     rows = clustered(12_000, 16, centres=80)
@@ -488,9 +505,16 @@ def test_f109_verify_sees_one_byte(rows: Tensor, tmp_path: Path) -> None:
 # --- versions --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["flat", "ivf-flat"])
-def test_f111_every_search_sees_one_whole_version(rows: Tensor, tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["flat", "flat, copied", "ivf-flat"])
+def test_f111_every_search_sees_one_whole_version(
+    rows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
     """Eight threads search while another adds pairs, deletes pairs and merges: always both of a pair, or neither."""
+    if kind == "flat, copied":
+        monkeypatch.setattr(exact, "PATIENCE", 0)
+        monkeypatch.setattr(exact, "LEAST", 1)
+        monkeypatch.setattr(exact, "fastest", lambda *args: exact.Rounded)
+    kind = kind.partition(",")[0]
     store, _ = build(tmp_path / "s", rows[:1000], kind)
     pair = torch.nn.functional.normalize(torch.randn(1, 24, generator=torch.Generator().manual_seed(9)), dim=1)
     other = FaissStore(store.folder)  # another process's view of the same files

@@ -1,27 +1,31 @@
-"""Losses against plain formulas, stopping and continuing, the split, and the weights that ship."""
+"""Losses against plain formulas, PE-Core-nano's stages stopped and shared, the split, and the weights that ship."""
 
+import argparse
 import json
 import math
 import os
 import signal
-from dataclasses import replace
-from functools import partial
-from itertools import pairwise
+from dataclasses import dataclass, replace
+from itertools import chain, islice, pairwise, zip_longest
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file
 from torch import Tensor, nn
+from training_tiny import one_thread  # noqa: F401  every test here runs with it
 
-from perception.errors import CheckpointError, MediaError
+from perception.errors import MediaError
 from perception.files import sha256_of
+from perception.training.distributed import World
+from perception.training.metrics import read_metrics
+from perception.training.trainer import Trainer
 from perception_encoder import samples
 from perception_encoder.training import (
     Augment,
-    Loop,
-    LoopConfig,
     Muon,
     clip_loss,
     concept_loss,
@@ -31,10 +35,24 @@ from perception_encoder.training import (
     similarity_distillation,
     warmup_stable_decay,
 )
+from perception_encoder.training import nano as recipe
 from perception_encoder.training.captions import write_captions
 from perception_encoder.training.drawings import Concept, IconSet, choose_split, read_drawings, read_split
 from perception_encoder.training.drawings import Drawings as DrawingSet
-from perception_encoder.training.nano import Lessons, NanoConfig, image_stage, text_stage, whiten
+from perception_encoder.training.nano import (
+    ALL_STYLES,
+    VALIDATION_STYLE,
+    Drawn,
+    ImageStudent,
+    Lessons,
+    NanoConfig,
+    Part,
+    Parts,
+    Task,
+    image_stage,
+    text_stage,
+    whiten,
+)
 from perception_encoder.training.optim import orthogonal
 from perception_encoder.zero_shot import DRAWING_TEMPLATES, ZeroShotClassifier
 from perception_encoder.zoo import load_clip
@@ -134,7 +152,7 @@ def test_muon_steps_have_the_size_it_says_and_split_qkv() -> None:
 
 
 def test_every_parameter_has_one_optimizer() -> None:
-    clip = micro_config().build()
+    clip = Micro().build()
     optimizers = make_optimizers(clip, 1e-3)
     given = [id(p) for o in optimizers for g in o.param_groups for p in g["params"]]
     assert sorted(given) == sorted(id(p) for p in clip.parameters())
@@ -151,156 +169,6 @@ def test_schedule() -> None:
     assert factors[90] == pytest.approx(0.5)
     assert all(a > b for a, b in pairwise(factors[81:]))
     assert [warmup_stable_decay(s, 200, 9, 19) for s in range(80)] == factors[:80], "longer runs begin alike"
-
-
-# --- the loop --------------------------------------------------------------------------------------------------------
-
-
-def make_loop(folder: Path, **changes: float) -> Loop:
-    torch.manual_seed(3)
-    module = nn.ModuleDict({"blocks": nn.Linear(6, 6), "out": nn.Linear(6, 2)})
-
-    def losses(generator: torch.Generator) -> dict[str, Tensor]:
-        x = torch.randn(8, 6, generator=generator)
-        return {"fit": (module["out"](module["blocks"](x).relu()) - x[:, :2]).square().mean()}
-
-    config = replace(LoopConfig(steps=12, warmup=2, decay=4, log_every=1), **changes)
-    return Loop(module, make_optimizers(module, 1e-2), losses, config, folder)
-
-
-def weights(loop: Loop) -> dict[str, Tensor]:
-    return {
-        f"{n}.{k}": v.clone()
-        for n, m in (("now", loop.module), ("mean", loop.average))
-        for k, v in m.state_dict().items()
-    }
-
-
-def test_a_stopped_run_continues_exactly(tmp_path: Path) -> None:
-    whole = make_loop(tmp_path / "whole")
-    assert whole.run()
-    part = make_loop(tmp_path / "part")
-    for _ in range(5):
-        part.advance()
-    part.save()
-    torch.manual_seed(99)  # the global generator must not matter
-    again = make_loop(tmp_path / "part")
-    assert again.step == 5
-    assert again.run()
-    assert weights(again).keys() == weights(whole).keys()
-    for key, value in weights(whole).items():
-        assert torch.equal(weights(again)[key], value), key
-    losses = [json.loads(line)["fit"] for line in (tmp_path / "whole/log.jsonl").read_text().splitlines()]
-    assert len(losses) == 12
-    assert losses[-1] < losses[0]
-
-
-def test_every_step_draws_anew(tmp_path: Path) -> None:
-    loop, drawn = make_loop(tmp_path), []
-    inner = loop.losses
-
-    def losses(generator: torch.Generator) -> dict[str, Tensor]:
-        drawn.append(generator.initial_seed())
-        return inner(generator)
-
-    loop.losses = losses
-    loop.run()
-    assert len(set(drawn)) == 12
-
-
-def test_parts_of_a_batch_are_the_batch(tmp_path: Path) -> None:
-    whole = make_loop(tmp_path / "whole")
-
-    def parts(loop: Loop):  # type: ignore[no-untyped-def]
-        module = loop.module
-
-        def losses(generator: torch.Generator) -> list:  # type: ignore[type-arg]
-            x = torch.randn(8, 6, generator=generator)
-
-            def part(some: Tensor) -> dict[str, Tensor]:
-                return {"fit": (module["out"](module["blocks"](some).relu()) - some[:, :2]).square().sum() / 16}
-
-            return [partial(part, some) for some in x.split(3)]
-
-        return losses
-
-    one, three = make_loop(tmp_path / "one"), make_loop(tmp_path / "three", workers=3)
-    one.losses, three.losses = parts(one), parts(three)
-    for step in range(6):
-        values = whole.advance(), one.advance(), three.advance()
-        assert values[1] == values[2]
-        assert values[0]["fit"] == pytest.approx(values[1]["fit"], abs=1e-4), step
-    for key, value in weights(whole).items():
-        torch.testing.assert_close(weights(one)[key], value, atol=1e-5, rtol=1e-4)
-        assert torch.equal(weights(one)[key], weights(three)[key]), key
-
-
-def _shared_worker(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2)
-    torch.set_num_threads(1)
-    loop = make_loop(Path(folder) / "two", steps=3)
-    loop.losses = _three_parts(loop.module)
-    assert loop.run()
-    torch.save(weights(loop), f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def _three_parts(module: nn.Module):  # type: ignore[no-untyped-def]
-    def losses(generator: torch.Generator) -> list:  # type: ignore[type-arg]
-        x = torch.randn(9, 6, generator=generator)
-
-        def part(some: Tensor) -> dict[str, Tensor]:
-            return {"fit": (module["out"](module["blocks"](some).relu()) - some[:, :2]).square().sum() / 18}
-
-        return [partial(part, some) for some in x.split(3)]
-
-    return losses
-
-
-def test_processes_share_the_parts_of_a_batch(tmp_path: Path) -> None:
-    alone = make_loop(tmp_path / "one", steps=3)
-    alone.losses = _three_parts(alone.module)
-    assert alone.run()
-    mp.spawn(_shared_worker, args=(str(tmp_path),), nprocs=2)
-    both = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2)]
-    for key, value in weights(alone).items():
-        assert torch.equal(both[0][key], both[1][key]), key
-        torch.testing.assert_close(both[0][key], value, atol=1e-5, rtol=1e-4)
-    logs = [
-        [json.loads(line)["fit"] for line in (tmp_path / folder / "log.jsonl").read_text().splitlines()]
-        for folder in ("one", "two")
-    ]
-    assert logs[0] == pytest.approx(logs[1], abs=2e-4)
-
-
-def test_sigterm_saves_and_says_so(tmp_path: Path) -> None:
-    loop = make_loop(tmp_path, steps=10_000)
-    inner = loop.losses
-
-    def losses(generator: torch.Generator) -> dict[str, Tensor]:
-        if loop.step == 7:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return inner(generator)
-
-    loop.losses = losses
-    before = signal.getsignal(signal.SIGTERM)
-    assert not loop.run()
-    assert signal.getsignal(signal.SIGTERM) is before
-    assert make_loop(tmp_path, steps=10_000).step == 8
-
-
-def test_a_state_of_another_run_is_refused(tmp_path: Path) -> None:
-    make_loop(tmp_path).save()
-    with pytest.raises(CheckpointError, match="another run"):
-        make_loop(tmp_path, seed=1)
-
-
-def test_a_loss_that_is_not_a_number_stops(tmp_path: Path) -> None:
-    loop = make_loop(tmp_path)
-    loop.losses = lambda generator: {"fit": torch.tensor(math.nan, requires_grad=True)}
-    with pytest.raises(FloatingPointError, match="step 0"):
-        loop.advance()
 
 
 # --- pictures and captions -------------------------------------------------------------------------------------------
@@ -402,24 +270,25 @@ def test_no_drawings_says_what_to_run(tmp_path: Path) -> None:
 # --- the recipe, tiny ------------------------------------------------------------------------------------------------
 
 
-def micro_config() -> NanoConfig:
-    sizes = {
-        "image_size": 16,
-        "patch_size": 8,
-        "vision_width": 64,
-        "vision_depth": 1,
-        "text_width": 32,
-        "text_depth": 1,
-    }
-    steps = {
-        "text_steps": 3,
-        "image_steps": 3,
-        "image_decay": 1,
-        "text_batch": 8,
-        "part": 3,
-    }
-    looks = ((0, 8, 1, 6), (2, 16, 3, 4))
-    return NanoConfig(**sizes, **steps, looks=looks, output_width=16, feature_width=8, place_width=4, captions=2)
+@dataclass(frozen=True, kw_only=True)
+class Micro(NanoConfig):
+    """Three steps of each stage; those of the second come in three, three and two parts."""
+
+    image_size: int = 16
+    vision_width: int = 64
+    vision_depth: int = 1
+    text_width: int = 32
+    text_depth: int = 1
+    output_width: int = 16
+    feature_width: int = 8
+    place_width: int = 4
+    captions: int = 2
+    text_steps: int = 3
+    text_batch: int = 8
+    image_steps: int = 3
+    image_decay: int = 1
+    looks: tuple[tuple[int, int, int, int], ...] = ((0, 8, 1, 6), (2, 16, 3, 4))
+    part: int = 2
 
 
 def micro_lessons(config: NanoConfig) -> Lessons:
@@ -429,7 +298,7 @@ def micro_lessons(config: NanoConfig) -> Lessons:
     return Lessons(
         torch.randint(0, 255, (12, 20, 20, 4), generator=g).to(torch.uint8),
         torch.arange(12) % 6,
-        torch.arange(12) % 5,
+        torch.arange(12) % 6,
         torch.arange(12),
         captions,
         tokens,
@@ -443,7 +312,7 @@ def micro_lessons(config: NanoConfig) -> Lessons:
 
 
 def test_every_stage_moves_what_it_should(tmp_path: Path) -> None:
-    config = micro_config()
+    config = Micro()
     lessons, clip = micro_lessons(config), config.build()
 
     def state(part: nn.Module) -> dict[str, Tensor]:
@@ -461,6 +330,195 @@ def test_every_stage_moves_what_it_should(tmp_path: Path) -> None:
         assert moved(before, moves), stage.__name__
         assert not moved(still, stays), stage.__name__
     assert all(torch.isfinite(v).all() for v in clip.state_dict().values())
+
+
+def learn(config: NanoConfig, out: Path) -> dict[str, Tensor] | None:
+    """Both stages, from where they were stopped if they were; the weights, or None when they were stopped again."""
+    clip, lessons = config.build(), micro_lessons(config)
+    done = text_stage(config, lessons, clip, out) and image_stage(config, lessons, clip, out)
+    return clip.state_dict() if done else None
+
+
+Drawings = list[tuple[list[int], int, int]]
+
+
+def watch(monkeypatch: pytest.MonkeyPatch) -> Drawings:
+    """What the image stage takes from now on, pass by pass: drawings, side, seed."""
+    taken: Drawings = []
+    inner = ImageStudent.losses
+
+    def losses(
+        self: ImageStudent, lessons: Any, rows: Tensor, names: Any, look: Any, generator: torch.Generator
+    ) -> Any:
+        taken.append((rows.tolist(), look.side, generator.initial_seed()))
+        return inner(self, lessons, rows, names, look, generator)
+
+    monkeypatch.setattr(ImageStudent, "losses", losses)
+    return taken
+
+
+def test_a_stopped_training_continues_exactly(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Told to stop in every step: the same drawings in the same order, the same weights to the bit."""
+    config, taken, tell = Micro(), watch(monkeypatch), Task.tell
+    whole = learn(config, tmp_path / "whole")
+    assert whole is not None
+    wanted = taken.copy()
+    taken.clear()
+
+    def stop(self: Task, trainer: Trainer, line: dict[str, Any]) -> None:
+        tell(self, trainer, line)
+        torch.manual_seed(99)  # the global generator must not matter
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(Task, "tell", stop)
+    attempts = [learn(config, tmp_path / "part") for _ in range(5)]
+    # The last step of the first stage was done when it was told to stop, so the second began in the same attempt.
+    assert [attempt is None for attempt in attempts] == [True, True, True, True, False]
+    assert attempts[-1] is not None
+    for name, value in whole.items():
+        assert torch.equal(attempts[-1][name], value), name
+    assert taken == wanted
+    for stage in ("text", "image"):
+        ends = [read_metrics(tmp_path / folder / stage)[-1] for folder in ("whole", "part")]
+        assert ends[0]["step"] == ends[1]["step"] == 3
+        assert ends[0]["loss"] == ends[1]["loss"]
+
+
+def _worker(rank: int, folder: str, port: int) -> None:
+    out, inner = Path(folder), recipe.train
+
+    def train(*given: Any) -> Any:
+        clip = inner(*given)
+        assert clip is not None
+        torch.save(clip.state_dict(), out / f"{rank}.pt")
+        return clip
+
+    recipe.train = train  # type: ignore[assignment]
+    recipe.prepare = lambda config, data, out: micro_lessons(config)  # type: ignore[assignment]
+    recipe.NanoConfig = Micro  # type: ignore[misc]
+    options = argparse.Namespace(data=out, out=out, processes=2, image_steps=3, stages=["text", "image"])
+    recipe._work(rank, options, port)
+
+
+def _effective(name: str, value: Tensor) -> Tensor:
+    """Without the keys' biases, which no softmax sees: their gradient is rounding, and AdamW steps in full for it."""
+    return value.unflatten(0, (3, -1))[[0, 2]] if name.endswith("qkv.bias") else value
+
+
+def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
+    """Three parts for two: one process has a part less, and in the first stage none at all."""
+    alone = learn(Micro(), tmp_path / "one")
+    assert alone is not None
+    (tmp_path / "two").mkdir()
+    mp.spawn(_worker, args=(str(tmp_path / "two"), recipe._free_port()), nprocs=2)
+    both = [torch.load(tmp_path / "two" / f"{rank}.pt", weights_only=True) for rank in range(2)]
+    assert both[0].keys() == alone.keys()
+    for name, value in both[0].items():
+        assert torch.equal(both[1][name], value), name
+        torch.testing.assert_close(_effective(name, value), _effective(name, alone[name]), atol=1e-5, rtol=1e-4)
+    for stage in ("text", "image"):
+        one, two = (read_metrics(tmp_path / folder / stage) for folder in ("one", "two"))
+        assert len(one) == len(two) == 1
+        for name in one[0].keys() - {"seconds", "step_s", "data_s", "samples_s", "tokens_s", "tflops", "memory"}:
+            assert two[0][name] == pytest.approx(one[0][name], rel=1e-4), name
+    again = learn(Micro(), tmp_path / "two")  # what two have written, one can read
+    assert again is not None
+    assert all(torch.equal(value, both[0][name]) for name, value in again.items())
+    saved = load_clip(tmp_path / "two" / "PE-Core-nano", device="cpu", dtype="fp32").state_dict()
+    assert all(torch.equal(saved[name], value.half().float()) for name, value in both[0].items())
+
+
+def test_the_command_goes_stage_by_stage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(recipe, "prepare", lambda config, data, out: micro_lessons(config))
+    monkeypatch.setattr(recipe, "NanoConfig", Micro)
+    given = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--processes", "1", "--image-steps", "2"]
+    recipe.main([*given, "--stages", "text"])
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["text"]
+    done = (tmp_path / "out/text/metrics.jsonl").read_text()
+    with caplog.at_level("INFO"):
+        recipe.main([*given, "--stages", "image"])
+    assert "continuing at step 3 of 3" in caplog.text, "the first stage is read, not left out"
+    assert (tmp_path / "out/text/metrics.jsonl").read_text() == done
+    assert "image step=2" in caplog.text
+    saved = load_file(tmp_path / "out/PE-Core-nano/model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.float16}
+
+
+def test_a_step_is_a_function_of_its_number() -> None:
+    config = Micro()
+    lessons = micro_lessons(config)
+    drawn = Drawn(config, lessons, torch.randn(6, 2, 16, generator=torch.Generator().manual_seed(0)))
+
+    def parts(world: World, first: int, count: int = 4) -> list[list[Part]]:
+        return [list(step.packs) for step in islice(Parts(drawn, world).steps(first), count)]
+
+    def plainly(steps: list[list[Part]]) -> list[list[tuple[Any, ...]]]:
+        return [[(p.rows.tolist(), p.names.tolist(), p.look.side, p.seed) for p in step] for step in steps]
+
+    whole = parts(World(), 0)
+    assert [[len(part) for part in step] for step in whole] == [[2, 2, 2], [2, 2, 2], [2, 2], [2, 2]]
+    assert [step[0].look.side for step in whole] == [8, 8, 16, 16]
+    assert plainly(parts(World(), 2, 2)) == plainly(whole[2:])
+    shares = [plainly(parts(World(rank, 2), 0)) for rank in range(2)]
+    laid = [[p for p in chain(*zip_longest(*pair)) if p is not None] for pair in zip(*shares, strict=True)]
+    assert laid == plainly(whole)
+    flat = list(chain(*whole))
+    assert len({part.seed for part in flat}) == len(flat)
+    assert not torch.equal(whole[0][0].names, whole[1][0].names)
+    held_out = ALL_STYLES.index(VALIDATION_STYLE)
+    for step in whole:
+        rows = torch.cat([part.rows for part in step]).tolist()
+        assert len(set(rows)) == len(rows)
+        assert held_out not in lessons.style[rows]
+    assert whole[0][0].rows.tolist() != whole[1][0].rows.tolist()
+
+
+def test_parts_of_a_step_weigh_what_they_hold() -> None:
+    torch.manual_seed(0)
+    layer, x = nn.Linear(6, 1), torch.randn(8, 6)
+
+    def losses(part: Tensor) -> dict[str, Tensor]:
+        y = layer(part)
+        return {"near": y.square().mean(), "far": 3 * (y - 1).abs().mean()}
+
+    whole, parts = Task(layer, losses, ("near", "far")), Task(layer, losses, ("near", "far"))
+    (wanted,) = torch.autograd.grad(sum(losses(x).values()), layer.weight)
+    for task, given in ((whole, [x]), (parts, [*x.split(3), x[:0]])):
+        layer.zero_grad()
+        found = [task(part) for part in given]
+        for loss in found:
+            loss.total.backward()
+        weight = sum(loss.weight for loss in found)
+        assert weight == 8
+        torch.testing.assert_close(layer.weight.grad / weight, wanted)
+        for name, loss in losses(x).items():
+            assert task.sums[name] / weight == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_the_averaged_tower_is_checked_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, seen = Micro(check_every=3), []
+    lessons, clip = micro_lessons(config), config.build()
+    inner = recipe._Checks.__call__
+
+    def check(self: Any, trainer: Trainer) -> dict[str, float]:
+        seen.append(self)
+        return inner(self, trainer)
+
+    monkeypatch.setattr(recipe._Checks, "__call__", check)
+    assert image_stage(config, lessons, clip, tmp_path)
+    (checks,) = seen
+    for name, value in clip.vision.state_dict().items():
+        assert torch.equal(checks.vision.state_dict()[name], value), name
+    clip.eval()
+    rows = torch.nonzero(lessons.style == ALL_STYLES.index(VALIDATION_STYLE))[:, 0]
+    with torch.no_grad():
+        image = clip.vision.pooled(plain(lessons.pixels[rows], 16).float() / 127.5 - 1)
+        near = (image @ recipe.embed_captions(clip.text, lessons.tokens).mean(1).T).argmax(1)
+    (line,) = read_metrics(tmp_path / "image")
+    assert len(rows) == 2
+    assert line["top1_held_out"] == 100 * (near == lessons.concept[rows]).float().mean().item()
 
 
 # --- the weights that ship -------------------------------------------------------------------------------------------

@@ -13,19 +13,32 @@ import torch.multiprocessing as mp
 from PIL import Image
 from torch import Tensor
 
-from perception.errors import ConfigError, MediaError
+from perception.errors import CheckpointError, ConfigError, MediaError
 from perception.pixels import PixelSpec
 from perception.training.state import KeepConfig
 from perception.training.trainer import Stopped
 from perception_encoder.clip import CLIP
 from perception_encoder.config import TextConfig, VisionConfig
 from perception_encoder.text import TextTransformer
-from perception_encoder.training.config import LossConfig, ModelConfig, PairsConfig, Run, load_run, run_names
+from perception_encoder.training.config import (
+    FeaturesConfig,
+    LabelsConfig,
+    LossConfig,
+    ModelConfig,
+    PairsConfig,
+    ProbeRun,
+    Run,
+    load_run,
+    run_names,
+)
+from perception_encoder.training.flops import tower_flops, vision_flops
 from perception_encoder.training.launch import make_trainer, rehearse, train
 from perception_encoder.training.nano import ImageStudent, NanoConfig
 from perception_encoder.training.optim import layer_groups, orthogonal, warmup_cosine
 from perception_encoder.training.pairs import FolderPairs, PairStream, RowPairs, TarPairs, open_pairs
-from perception_encoder.training.probe import linear_probe
+from perception_encoder.training.probe import STRENGTHS, linear_probe
+from perception_encoder.training.probing import load_probe, probe
+from perception_encoder.training.probing import rehearse as rehearse_probe
 from perception_encoder.training.recipes import SelfDistillation, to_lang, to_spatial
 from perception_encoder.training.sparse import choose_patches, pool, sparse_tokens
 from perception_encoder.vision import VisionTransformer
@@ -263,8 +276,14 @@ def test_a_picture_that_cannot_be_read_is_replaced_and_counted(pictures: Path) -
 
 
 def test_run_files_of_the_package_are_whole() -> None:
-    assert {"contrastive_nano", "distill_nano", "finetune_nano", "spatial_nano"} <= set(run_names())
-    for name in run_names():
+    assert {"contrastive_nano", "distill_nano", "finetune_nano", "spatial_nano", "probe_nano"} <= set(run_names())
+    probe = load_run("probe_nano", ["data.source=elsewhere", "kind=logistic"])
+    assert isinstance(probe, ProbeRun)
+    assert (probe.data.source, probe.kind, probe.strengths) == ("elsewhere", "logistic", STRENGTHS)
+    for override in ("steps=3", "data.crop=0.5", "data.held_out=1", "task=classify"):
+        with pytest.raises(ConfigError):
+            load_run("probe_nano", [override])
+    for name in set(run_names()) - {"probe_nano"}:
         run = load_run(name, ["steps=777", "data.source=elsewhere"])
         assert (run.steps, run.data.source) == (777, "elsewhere"), name
     with pytest.raises(ConfigError, match="lerning"):
@@ -424,7 +443,7 @@ def test_a_lang_tower_is_the_inner_layer_of_its_core() -> None:
     old = dict(core.named_parameters())
     assert all(torch.equal(p, old[name]) for name, p in published.named_parameters() if "gamma" not in name)
     assert not any(p is q for p in lang.parameters() for q in core.parameters())
-    with pytest.raises(ConfigError, match="leave 1"):
+    with pytest.raises(ConfigError, match="depth=0 of a tower of 4 blocks"):
         to_lang(core, drop_last=4)
 
 
@@ -448,3 +467,102 @@ def test_an_archive_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(b"x" * 2000)
     with pytest.raises(ConfigError, match="no tar archive"):
         TarPairs(tmp_path / "x.tar")
+
+
+# --- what a step takes -----------------------------------------------------------------------------------------------
+
+
+def test_operations_are_counted(pictures: Path) -> None:
+    """Against torch's own counter, which leaves attention out on a CPU; a frozen tower costs its forward pass alone."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    core, clip = tower(depth=2), small_clip()
+    for module, x, tokens, causal in ((core, torch.randn(3, 3, 16, 16), 17, False), (clip.text, None, 12, True)):
+        given = clip.tokenize(["red"] * 3) if x is None else x
+        for learns in (True, False):
+            module.requires_grad_(learns)
+            with FlopCounterMode(display=False) as counter:
+                out = module(given) if causal else module(given).patches
+                if learns:
+                    out.sum().backward()
+            depth = len(module.blocks)
+            attention = (3 if learns else 1) * 4 * tokens**2 * 32 * depth / (2 if causal else 1)
+            counted = 3 * (tower_flops(module, tokens, causal=causal) - attention)
+            assert counted == pytest.approx(counter.get_total_flops(), rel=0.08)
+    assert vision_flops(core, 16) == tower_flops(core, 17)
+    assert vision_flops(core, 16, blocks=1) < 0.6 * vision_flops(core, 16)
+    clip.requires_grad_(True)
+    wanted = {
+        "contrastive": vision_flops(clip.vision, 16) + tower_flops(clip.text, 12, causal=True),
+        "classify": vision_flops(tower(depth=2), 16),
+        "spatial": vision_flops(tower(depth=2), 16) + vision_flops(core, 16, blocks=1),
+    }
+    for task, flops in wanted.items():
+        model = small_clip() if task == "contrastive" else tower(depth=2)
+        made = make_trainer(make_run(pictures, task, loss=LossConfig(layer=0)), model=model, progress=False)
+        (batch,) = next(made.data.steps(0)).packs
+        assert made.task(batch).flops == 8 * flops, task
+
+
+# --- a probe by a run file -------------------------------------------------------------------------------------------
+
+
+def probe_run(pictures: Path, **changes: Any) -> ProbeRun:
+    data = LabelsConfig(source=str(pictures), held_out=0.25, workers=2)
+    given = {"out": str(pictures.parent / "probe"), "task": "probe", "model": FeaturesConfig(init="-"), "data": data}
+    return ProbeRun(**{**given, "batch": 5, **changes})
+
+
+def test_a_probe_tells_colours_apart(pictures: Path) -> None:
+    """By hand: the same rows held out, the same features, the same map."""
+    run, core = probe_run(pictures, strengths=(0.5, 50.0)), tower()
+    facts = probe(run, tower=core)
+    assert (facts["accuracy"], facts["rows"]) == (1.0, {"learned": 18, "validation": 6})
+    assert facts["majority"] < 0.6
+    found, classes = load_probe(run.out)
+    assert classes == sorted(COLOURS)
+    assert set(found.sweep) == {0.5, 50.0}
+    pairs = FolderPairs(pictures)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(0)).tolist()
+    with torch.no_grad():
+        features = core.pooled(torch.stack([core.preprocess(pairs[i].image) for i in order]))
+    labels = torch.tensor([classes.index(pairs[i].texts[0]) for i in order])
+    wanted = linear_probe(features[6:], labels[6:], features[:6], labels[:6], strengths=run.strengths)
+    torch.testing.assert_close(found.weight, wanted.weight, rtol=1e-4, atol=1e-5)
+    assert found.logits(features).argmax(1).tolist() == labels.tolist()
+    (Path(run.out) / "probe.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="holds no probe"):
+        load_probe(run.out)
+
+
+def test_a_probe_of_an_inner_layer_with_rows_of_its_own(pictures: Path, tmp_path: Path) -> None:
+    core = tower()
+    run = probe_run(pictures, model=FeaturesConfig(init="-", layer=0), kind="logistic", strengths=(1e-2, 1.0))
+    other = replace(run, data=replace(run.data, validation=str(pictures)))
+    facts = probe(other, tower=core)
+    assert facts["rows"] == {"learned": 24, "validation": 24}
+    assert set(facts["sweep"]) == {"0.01", "1"}
+    assert load_probe(run.out)[0].weight.shape == (4, 32)
+    assert rehearse_probe(other, tower=core)["features"] == [5, 32]
+    (pictures / "red" / "1.png").write_bytes(b"no picture")
+    with pytest.raises(MediaError, match=r"1 bad rows, more than data\.max_bad=0\.001"):
+        probe(run, tower=core)
+    lenient = replace(run, data=replace(run.data, max_bad=0.1))
+    assert sum(probe(lenient, tower=core)["rows"].values()) == 23
+    with pytest.raises(ConfigError, match="to choose by"):
+        probe(replace(lenient, data=replace(lenient.data, held_out=0.999)), tower=core)
+
+
+def test_the_command_probes(pictures: Path, tmp_path: Path) -> None:
+    from typer.testing import CliRunner
+
+    from perception.cli import build
+
+    given = ["train-encoder", "probe_nano", f"data.source={pictures}", f"out={tmp_path / 'probe'}", "device=cpu"]
+    call = CliRunner().invoke
+    seen = json.loads(call(build(), [*given, "--dry-run", "--json"], catch_exceptions=False).stdout)
+    assert (seen["samples"], seen["classes"]) == (24, 4)
+    assert not (tmp_path / "probe").exists()
+    assert "rows that chose the strength; 4 classes" in call(build(), given, catch_exceptions=False).stdout
+    found = json.loads(call(build(), [*given, "--json"], catch_exceptions=False).stdout)
+    assert found["accuracy"] == 1.0

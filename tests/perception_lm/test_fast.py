@@ -1,5 +1,8 @@
 """The fast twins of decoder, model and assistant: the plain path's numbers, and its answers token for token."""
 
+import copy
+import dataclasses
+
 import plm_golden as golden
 import pytest
 import torch
@@ -362,3 +365,36 @@ def test_a_fast_assistant_remembers_and_a_plain_one_does_not() -> None:
     assert fast.model is not plain.model
     fast.remember(0)
     assert fast.memory.size == 0
+
+
+# --- The plain decoder, compiled --------------------------------------------------------------------------------------
+
+
+def same_logits(compiled: Decoder, plain: Decoder, lengths: tuple[int, ...] = (6, 9, 4)) -> None:
+    """Without a cache, as in training and scoring: one that grows by a token a call is no work for a compiler."""
+    x = torch.randn(2, 9, plain.width, generator=torch.Generator().manual_seed(1))
+    for length in lengths:
+        assert error(compiled(x[:, :length]), plain(x[:, :length])) < 1e-5
+
+
+@torch.inference_mode()
+def test_a_decoder_compiles_whole() -> None:
+    """Without a break in the graph, one graph for many lengths; eagerly, so that no compiler is needed."""
+    torch.compiler.reset()
+    plain, compiled = middle()[0], middle()[0]
+    compiled.compile(fullgraph=True, backend="eager")
+    same_logits(compiled, plain)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1500)  # half a minute of a processor, if this has one to itself
+@pytest.mark.filterwarnings("ignore")  # inductor's own
+@torch.inference_mode()
+def test_a_decoder_compiled_by_inductor() -> None:
+    torch.compiler.reset()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        plain = Decoder(dataclasses.replace(MIDDLE, depth=1)).eval()
+    compiled = copy.deepcopy(plain)
+    compiled.compile()
+    same_logits(compiled, plain, (6,))

@@ -160,8 +160,9 @@ std::tuple<at::Tensor, at::Tensor, int64_t> quantize(const at::Tensor& x, int64_
       lows[n] = -highest(-low), highs[n] = highest(high);
     }
   });
-  const float lowest = *std::min_element(lows.begin(), lows.end()), top = *std::max_element(highs.begin(), highs.end());
-  const int64_t zero = std::lround((levels - 2) * -lowest / std::max(top - lowest, 1e-30f)) + 1; // each side has a level
+  double part = 0; // of the levels, that a row would give to what is below 0: the rows' mean, which no single one shifts
+  for (int64_t n = 0; n < rows.count; n++) part += -lows[n] / std::max(highs[n] - lows[n], 1e-30f);
+  const int64_t zero = std::lround((levels - 2) * part / rows.count) + 1; // each side has a level
   uint8_t* to = out.mutable_data_ptr<uint8_t>();
   float* scale = scales.mutable_data_ptr<float>();
   for_rows(rows, [&](int64_t begin, int64_t end) {

@@ -24,8 +24,8 @@ def jit(function: Callable[..., Any]) -> Any:
 
 
 def runs_on(x: Tensor) -> bool:
-    """Whether kernels run on the device of `x`."""
-    return INSTALLED and (x.is_cuda or INTERPRETED)
+    """Whether kernels run on the device of `x`; a compiler is shown their twins, which it fuses itself."""
+    return INSTALLED and (x.is_cuda or INTERPRETED) and not torch.compiler.is_compiling()
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **constants: Any) -> None:

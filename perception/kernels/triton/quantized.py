@@ -9,7 +9,7 @@ Weights are coded once, inputs at each call. A map stays in its own dtype when e
 
 import logging
 from collections.abc import Iterable
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -85,7 +85,13 @@ class Product:
         return y.unflatten(0, x.shape[:-1])
 
 
-def give_up(model: nn.Module, products: Iterable[Product]) -> None:
+class Holder(Protocol):
+    """Something that can release the memory of weights it no longer needs."""
+
+    def release(self) -> None: ...
+
+
+def give_up(model: nn.Module, products: Iterable[Holder]) -> None:
     """Empty a model whose weights `products` hold, and the weights that their codes stand for."""
     for product in products:
         product.release()

@@ -8,6 +8,7 @@ import torch
 
 from perception.files import atomic_write
 from perception.pixels import PixelSpec
+from perception_encoder.training.recipes import adapt_tower
 from perception_encoder.vision import VisionTransformer
 from perception_encoder.zoo import load_encoder
 from perception_lm.checkpoints import plm_pixels, save
@@ -68,8 +69,6 @@ def language_tower(core: VisionTransformer, kept: int = KEPT) -> VisionTransform
     """
     if core.pool is None and core.config.layer_scale is not None:
         return core
-    config = replace(core.config, depth=kept, layer_scale=1.0, norm_post=False, pool=None, output_width=None)
-    tower = VisionTransformer(config, PixelSpec(size=config.image_size, interpolation="bicubic"))
-    known = core.state_dict()
-    tower.load_state_dict({k: value if ".ls" in k else known[k] for k, value in tower.state_dict().items()})
+    tower = adapt_tower(core, depth=kept, layer_scale=1.0)
+    tower.preprocess = PixelSpec(size=tower.config.image_size, interpolation="bicubic")
     return tower
