@@ -32,6 +32,7 @@ from record import versions
 from torch import Tensor
 
 import perception_encoder as pe
+from perception.kernels.cpp import kernels
 from perception.optimize import optimize
 from perception_encoder.retrieval import exact
 from perception_encoder.retrieval.faiss_store import FaissStore
@@ -224,6 +225,7 @@ def main() -> None:
     names = {(t, q): f"queries {q} at once, {t} threads" for t in chosen.threads for q in (1, 64)}
     if not any(map(chosen.wants, names.values())):
         return
+    kernels()  # compiled once a machine, as `optimize` does; a search takes them where they are
     with tempfile.TemporaryDirectory() as folder:
         collection = Collection(Path(folder), *((20_000, 256) if chosen.quick else (ROWS, WIDTH)))
         for (threads, count), name in names.items():

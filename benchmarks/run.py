@@ -14,7 +14,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 HERE = Path(__file__).parent
-SCRIPTS = ("import_time", "pixels", "tiling", "encoder", "text", "decode", "load", "first_image", "lm_loss", "scale")
+SCRIPTS = (
+    *("import_time", "pixels", "tiling", "encoder", "text", "decode", "load", "first_image", "lm_loss", "retrieval"),
+    "scale",
+)
 # Of each its cheapest case, and the part of the time it may take: what it does not use, those after it have.
 QUICK = {"import_time": 2, "pixels": 2, "tiling": 3, "lm_loss": 2, "encoder": 3, "text": 3, "decode": 5}
 TOTAL = 115.0  # seconds of a quick look

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-BLOCK = 16384  # rows multiplied at once
+BLOCK = 8192  # rows multiplied at once
 SPARE = 16  # candidates beyond k that a block may propose before its own k-th best is looked up
 SCORES = 2**24  # products, and numbers of candidates' vectors, in memory at once
 MANY = 16  # a block that proposes more than one row in so many is looked at without rounding
@@ -28,7 +28,7 @@ PATIENCE = 2  # times a block is multiplied where it lies before it is copied: f
 LEAST = 1024  # rows of a block that is worth a copy
 FEW = 16  # queries that wait for the rows more than for the arithmetic
 MOST = 2**31  # bytes of all copies of a store
-AT_ONCE = 2**26  # bytes of vectors that one search copies: no search waits long
+AT_ONCE = 2**25  # bytes of vectors that one search copies: it takes about twice as long
 
 VectorsOf = Callable[[np.ndarray], Tensor]  # row numbers n -> n C
 
@@ -49,14 +49,17 @@ class Block(NamedTuple):
 
 
 class Product(Protocol):
-    """Rows that can be multiplied."""
+    """Rows that can be multiplied, perhaps only nearly.
+
+    off      how far a row may be from the one that is multiplied in its place
+    longest  the length of the longest of these where the query is rounded too, 0 where it is read as it is
+    """
+
+    off: float
+    longest: float
 
     def __call__(self, queries: Tensor) -> Tensor:
         """Q C -> Q n float32"""
-        ...
-
-    def slack(self, queries: Tensor) -> Tensor:
-        """How far a product may be off at the most: Q 1"""
         ...
 
 
@@ -67,12 +70,13 @@ def exact_search(
 
     queries  Q C float32 of length 1, as the rows are
     """
-    found = _Found(len(queries), k)
-    for block, product in zip(blocks, copies.products(blocks, len(queries)), strict=True):
+    ways = copies.products(blocks, len(queries))
+    found = _Found(queries, k, rounded=any(product.longest for product in ways))
+    for block, product in zip(blocks, ways, strict=True):
         for which in torch.arange(len(queries)).split(max(1, SCORES // len(block.vectors))):
             if len(which):
-                _look(queries[which], which, block, product, found)
-    return found.decided(queries, vectors_of)
+                _look(which, block, product, found)
+    return found.decided(vectors_of)
 
 
 def rounding(width: int) -> float:
@@ -105,10 +109,14 @@ class _Found:
     """Rows that may be among the k best of Q queries, each with the bounds its product lies between.
 
     floor  Q 1, what the k-th best has at the least: rows below it are out
+    off    Q 1, how far a query is from the one that 8-bit products read
     """
 
-    def __init__(self, queries: int, k: int):
-        self.k, self.floor = k, torch.full((queries, 1), -torch.inf)
+    def __init__(self, queries: Tensor, k: int, *, rounded: bool):
+        from perception.kernels.matvec import round_rows
+
+        self.queries, self.k, self.floor = queries, k, torch.full((len(queries), 1), -torch.inf)
+        self.off = 1.01 * (queries - (round_rows(queries) if rounded else queries)).norm(dim=1, keepdim=True)
         self.asked, self.rows = np.zeros(0, np.int64), np.zeros(0, np.int64)  # m: query and row
         self.high, self.low = np.zeros(0, np.float32), np.zeros(0, np.float32)  # m
         self._enough = 0
@@ -126,17 +134,22 @@ class _Found:
             self.high, self.low = self.high[hopeful], self.low[hopeful]
             self._enough = 2 * len(self.rows) + self.k * len(kth)
 
-    def decided(self, queries: Tensor, vectors_of: VectorsOf) -> tuple[np.ndarray, np.ndarray]:
+    def slack(self, which: Tensor, product: Product) -> Tensor:
+        """How far a product may be from the true one: |qv - q'v'| <= |q| |v - v'| + |q - q'| |v'|.  n -> n 1"""
+        return rounding(self.queries.shape[1]) + 1.01 * product.off + self.off[which] * product.longest
+
+    def decided(self, vectors_of: VectorsOf) -> tuple[np.ndarray, np.ndarray]:
         """Products of the most promising candidates first, then of those that may still be better than these."""
         first = self.low >= self._kth(self.low)[self.asked]
         scores = np.full(len(self.rows), -np.inf, np.float32)
-        scores[first] = products(queries, self.asked[first], self.rows[first], vectors_of)
+        scores[first] = products(self.queries, self.asked[first], self.rows[first], vectors_of)
         rest = ~first & (self.high >= self._kth(scores)[self.asked])
-        scores[rest] = products(queries, self.asked[rest], self.rows[rest], vectors_of)
+        scores[rest] = products(self.queries, self.asked[rest], self.rows[rest], vectors_of)
         order = np.lexsort((self.rows, -scores, self.asked))  # of equal scores the earlier row first
         places = np.arange(len(order)) - np.searchsorted(self.asked[order], self.asked[order])
         order, places = order[places < self.k], places[places < self.k]
-        found = np.full((len(queries), self.k), -np.inf, np.float32), np.full((len(queries), self.k), -1, np.int64)
+        shape = len(self.queries), self.k
+        found = np.full(shape, -np.inf, np.float32), np.full(shape, -1, np.int64)
         found[0][self.asked[order], places] = scores[order]
         found[1][self.asked[order], places] = np.where(np.isneginf(scores[order]), -1, self.rows[order])
         return found
@@ -152,7 +165,7 @@ class _Found:
         return kth
 
 
-def _look(queries: Tensor, which: Tensor, block: Block, product: Product, found: _Found) -> None:
+def _look(which: Tensor, block: Block, product: Product, found: _Found) -> None:
     """Find candidates among the rows of a block for some of the queries.
 
     which  the numbers of these queries
@@ -161,7 +174,7 @@ def _look(queries: Tensor, which: Tensor, block: Block, product: Product, found:
     if keep is not None and float(keep.float().mean()) < 0.5:
         numbers = keep.nonzero().flatten()
         product, keep = Lying(block.vectors[numbers]), None
-    scores, slack, floor = product(queries), product.slack(queries), found.floor[which]  # Q n, Q 1, Q 1
+    scores, slack, floor = product(found.queries[which]), found.slack(which, product), found.floor[which]  # q n, q 1
     if keep is not None:
         scores = scores.masked_fill(~keep, -torch.inf)
     hits = scores >= floor - slack
@@ -172,10 +185,10 @@ def _look(queries: Tensor, which: Tensor, block: Block, product: Product, found:
         hits[crowded] = scores[crowded] >= floor[crowded] - slack[crowded]
     if keep is not None:
         hits &= keep
-    if isinstance(product, Rounded):  # too rough for those with many rows of nearly the same score
+    if product.off:  # too rough for those with many rows of nearly the same score
         rough = hits.sum(dim=1) > max(found.k + SPARE, len(block.vectors) // MANY)
         if bool(rough.any()):
-            _look(queries[rough], which[rough], block, Lying(block.vectors), found)
+            _look(which[rough], block, Lying(block.vectors), found)
             hits[rough] = False
     asked, places = hits.nonzero(as_tuple=True)
     if len(asked):
@@ -189,18 +202,19 @@ def _look(queries: Tensor, which: Tensor, block: Block, product: Product, found:
 class Lying:
     """The rows as they lie; half precision becomes float32 at every call."""
 
+    off = longest = 0.0
+
     def __init__(self, vectors: Tensor):
         self.vectors = vectors
 
     def __call__(self, queries: Tensor) -> Tensor:
         return queries @ self.vectors.float().T
 
-    def slack(self, queries: Tensor) -> Tensor:
-        return torch.full((len(queries), 1), rounding(self.vectors.shape[1]))
-
 
 class Packed:
     """The rows in float32, in the layout that is fastest here for many queries."""
+
+    off = longest = 0.0
 
     def __init__(self, vectors: Tensor):
         from perception.kernels.linear import pack
@@ -212,9 +226,6 @@ class Packed:
     def __call__(self, queries: Tensor) -> Tensor:
         return self.layer(queries)
 
-    def slack(self, queries: Tensor) -> Tensor:
-        return torch.full((len(queries), 1), rounding(queries.shape[1]))
-
 
 class Rounded:
     """The rows in 8 bits: a quarter of the memory to be read, which is what a search of few queries waits for."""
@@ -225,18 +236,14 @@ class Rounded:
         rows = vectors.float()
         self.product = stream(rows, "int8", build=False)
         self.bytes = self.product.nbytes
-        back = unround(*round8(rows))
-        self.off, self.longest = float((rows - back).norm(dim=1).max()), float(back.norm(dim=1).max())
+        self.off = self.longest = 0.0
+        for some in rows.split(256):  # so few that they stay in the cache
+            back = unround(*round8(some))
+            self.off = max(self.off, float((some - back).norm(dim=1).max()))
+            self.longest = max(self.longest, float(back.norm(dim=1).max()))
 
     def __call__(self, queries: Tensor) -> Tensor:
         return self.product(queries)
-
-    def slack(self, queries: Tensor) -> Tensor:
-        """|qv - q'v'| <= |q| |v - v'| + |q - q'| |v'|, v' the row in 8 bits, q' the query as it is read."""
-        from perception.kernels.matvec import round_rows
-
-        off = 1.01 * (queries - round_rows(queries)).norm(dim=1, keepdim=True)  # Q 1
-        return 1.01 * self.off + off * self.longest + rounding(queries.shape[1])
 
 
 @functools.cache

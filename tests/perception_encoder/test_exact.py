@@ -24,6 +24,7 @@ from perception_encoder.retrieval.exact import (  # noqa: E402
     Copies,
     Packed,
     Rounded,
+    _Found,
     exact_search,
     rounding,
 )
@@ -174,8 +175,9 @@ def test_8_bits_are_off_by_no_more_than_they_say(rows: Tensor, queries: Tensor, 
         queries = torch.nn.functional.normalize(rows[:1] + 0.02 * queries, dim=1)
     rounded = Rounded(rows)
     off = (rounded(queries).double() - queries.double() @ rows.double().T).abs().amax(dim=1, keepdim=True)
-    assert bool((off < rounded.slack(queries)).all())
-    assert float(rounded.slack(queries).max()) < 0.03
+    slack = _Found(queries, 10, rounded=True).slack(torch.arange(64), rounded)
+    assert bool((off < slack).all())
+    assert float(slack.max()) < 0.03
     asked: list[int] = []
 
     def vectors_of(at: np.ndarray) -> Tensor:
@@ -204,13 +206,14 @@ def test_rounding_is_an_upper_bound(rows: Tensor, queries: Tensor) -> None:
 @pytest.mark.parametrize("share", [0.0, 0.001, 0.2, 0.8])
 def test_only_rows_that_are_allowed(rows: Tensor, queries: Tensor, share: float) -> None:
     keep = np.random.default_rng(0).random(len(rows)) < share
-    for k in (10, 3000):
-        scores, found = search(queries, rows, k, keep=keep)
+    for k, size in ((10, 1500), (3000, 1500), (10, 20)):
+        scores, found = search(queries, rows, k, size=size, keep=keep)
         wanted = by_numpy(queries, rows, k, keep)
         same(
             (scores[:, : int(keep.sum())], found[:, : int(keep.sum())]), tuple(w[:, : int(keep.sum())] for w in wanted)
         )  # type: ignore[arg-type]
         assert (found[:, int(keep.sum()) :] == -1).all()
+    same(search(queries, rows[:20], 19, keep=keep[:20]), by_numpy(queries, rows[:20], 19, keep[:20]))
 
 
 def test_more_than_there_is(rows: Tensor, queries: Tensor) -> None:

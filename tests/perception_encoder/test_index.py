@@ -408,6 +408,7 @@ def test_drawings_end_to_end(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", ["flat", "ivf-flat"])
 def test_thousands_of_drawings(tmp_path: Path, kind: str) -> None:
     """Every drawing of one style, as files: recall@1, 5, 10 equal to numpy's; through an index, within its report."""

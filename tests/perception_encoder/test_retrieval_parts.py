@@ -391,6 +391,7 @@ def test_f108_killed_twice_and_the_bytes_are_equal(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("what", ["parts", "index"])
 def test_f108_killed_at_20_random_moments(tmp_path: Path, what: str) -> None:
     pytest.importorskip("faiss")

@@ -23,7 +23,7 @@ from retrieval_tools import clustered, contents
 faiss = pytest.importorskip("faiss", reason="the extra `retrieval` is not installed")
 pytest.importorskip("pyarrow", reason="the extra `retrieval` is not installed")
 
-from perception_encoder.retrieval import blocks, building, exact  # noqa: E402
+from perception_encoder.retrieval import blocks, building, exact, versions  # noqa: E402
 from perception_encoder.retrieval.choice import Choice, candidates, choose, list_count, parse_bytes, recall  # noqa: E402
 from perception_encoder.retrieval.faiss_store import FaissStore  # noqa: E402
 from perception_encoder.retrieval.groups import clusters, duplicates  # noqa: E402
@@ -284,10 +284,17 @@ def test_every_kind_finds_adds_forgets_and_merges(rows: Tensor, tmp_path: Path, 
 def test_f102_as_many_as_there_are(rows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     """Lists that are looked through hold fewer rows than are wanted, and a filter leaves a graph in pieces."""
     store, _ = build(tmp_path / "s", rows, kind, target_recall=0.3)
+    looked: list[int] = []
+    exact_search = versions.Snapshot.exact
+
+    def watch(self: Any, queries: Tensor, k: int, allowed: Any = None, *, first: int = 0) -> Any:
+        looked.append(first)
+        return exact_search(self, queries, k, allowed, first=first)
+
+    monkeypatch.setattr(versions.Snapshot, "exact", watch)
     assert {len(found) for found in store.search(rows[:3], 2000)} == {2000}
     assert {len({match.id for match in found}) for found in store.search(rows[:3], 9999)} == {4000}
-    from perception_encoder.retrieval import versions
-
+    assert set(looked) == {4000}  # more lists were looked through, not all rows
     monkeypatch.setattr(versions, "FEW", 0)
     monkeypatch.setattr(versions, "SHARE", 0.0)  # the index is asked whatever the filter leaves
     store.delete(["7"])
@@ -562,7 +569,9 @@ def test_f111_every_search_sees_one_whole_version(
 def test_old_files_go_and_versions_rise(rows: Tensor, tmp_path: Path) -> None:
     store, _ = build(tmp_path / "s", rows[:1000], "ivf-flat")
     before = store.stats()["version"]
+    (store.folder / ".perception-tmp-0.faiss").write_bytes(b"of a writer that was killed")
     store.delete(["1"])
+    assert not list(store.folder.glob(".perception-tmp-*"))
     store.delete(["2"])
     assert store.stats()["version"] == before + 2
     assert len(list(store.folder.glob("deleted-*"))) == 1
