@@ -34,7 +34,7 @@ bench: $(VENV)/.test ## every benchmark, an hour or more; results go to benchmar
 	$(BIN)/python benchmarks/quantize_lm.py
 	$(BIN)/python benchmarks/training_packing.py
 
-bench-quick: $(VENV)/.test ## a first look at each, in two minutes; nothing is kept
+bench-quick: $(VENV)/.test ## a first look at the seven quickest, in two minutes; nothing is kept
 	$(BIN)/python benchmarks/run.py --quick
 
 bench-gpu: $(VENV)/.test ## towers, attention and decoding on a GPU; skips without one
@@ -56,7 +56,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.demo: $(RECIPE) | $(BIN)/python
-	$(INSTALL) -e '.[video]'
+	$(INSTALL) -e '.[video,lm]'
 	touch $@
 
 $(VENV)/.test: $(RECIPE) | $(BIN)/python
@@ -68,7 +68,7 @@ $(VENV)/.slow: $(RECIPE) | $(BIN)/python
 	touch $@ $(VENV)/.demo $(VENV)/.test
 
 $(VENV)/.nano: $(RECIPE) | $(BIN)/python
-	$(INSTALL) -e '.[video,train]'
+	$(INSTALL) -e '.[video,lm,train]'
 	touch $@ $(VENV)/.demo
 
 $(VENV)/.plm-nano: $(RECIPE) | $(BIN)/python

@@ -1,6 +1,6 @@
 """Every benchmark of speed, one process each, one after the other; then the table.
 
-python benchmarks/run.py --quick     # two minutes: does everything run, and roughly what comes out; nothing is kept
+python benchmarks/run.py --quick     # two minutes: do the quickest run, and roughly what comes out; nothing is kept
 python benchmarks/run.py             # an hour or more; results/*.json, results/TABLE.md and the README's table
 """
 

@@ -33,8 +33,9 @@ def render(results: Path = RESULTS) -> str:
     names = sorted({name for file in results.glob("*.json") if (name := _processor(file))})
     lines = [
         f"Measured on {'; '.join(names) or 'nothing yet'}. A cell is the median over the rounds of one run; spread",
-        "and conditions are in [benchmarks/results](benchmarks/results). *not judged*: the gate was set for processors",
-        "with instructions that this one lacks; the ratio is what it is here.",
+        "and conditions are in `benchmarks/results`. *not judged*: the gate was set for processors with instructions",
+        "that this one lacks; the ratio is what it is here. *inconclusive*: fewer than seven good rounds, or too wide",
+        "a spread.",
         "",
         "| what | gate (aim) | 1 thread | 2 threads |",
         "|---|--:|--:|--:|",

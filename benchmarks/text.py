@@ -72,7 +72,7 @@ def measure(what: str, dtype: str, threads: int, chosen: Options) -> dict:
     limit = gemm(DTYPES[dtype], 1024, config.width, 4 * config.width)
     found = race(calls, limit, rounds=chosen.rounds, least=chosen.least, seconds=chosen.seconds)
     titles = {
-        "prompts": f"text tower, 64 class prompts {dtype}",
+        "prompts": f"text tower, {count} class prompts {dtype}",
         "classifier": "zero-shot classifier, prompts to weights",
     }
     least, aim = {"classifier": (4, 8), "prompts": {"fp32": (4.5, 7), "bf16": (2.5, 4)}.get(dtype)}[what]

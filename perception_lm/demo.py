@@ -2,11 +2,13 @@
 
 import html
 from functools import cache, partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from perception.cli import note
 from perception.media import read_image
 from perception_encoder.demo import Section, Step, figure, grid
 from perception_lm.assistant import Assistant
@@ -21,10 +23,15 @@ HONEST = (
 
 
 def steps() -> list[Step]:
-    """For the entry-point group `perception.demo`; none where the model is not in the package."""
+    """For the entry-point group `perception.demo`; none where the model or its tokenizer's package is not here."""
     from perception_lm.zoo import list_models
 
-    return [partial(step, _assistant) for step in (chart, scene, clip)] if list_models(MODEL) else []
+    if not list_models(MODEL):
+        return []
+    if find_spec("tiktoken") is None:
+        note(f"without {MODEL}, which needs tiktoken: pip install 'perception-vision[lm]'")
+        return []
+    return [partial(step, _assistant) for step in (chart, scene, clip)]
 
 
 @cache

@@ -90,6 +90,14 @@ def test_the_small_model_knows_what_it_shows(page: tuple[str, dict, Path]) -> No
     assert right >= len(talk) // 2, talk
 
 
+def test_without_the_tokenizers_package_the_language_model_is_left_out(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(perception_lm.demo, "find_spec", lambda name: None)
+    assert perception_lm.demo.steps() == []
+    assert "pip install 'perception-vision[lm]'" in capsys.readouterr().err
+
+
 def test_other_packages_add_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Found:
         name = "other"

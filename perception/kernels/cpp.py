@@ -50,7 +50,10 @@ def library() -> Path:
         digest.update(path.name.encode() + path.read_bytes())
     name = f"perception_cpu_{digest.hexdigest()[:16]}"
     home = os.path.expanduser("~")  # noqa: PTH111 -- Path.home() raises where nobody has a home
-    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path(home) / ".cache" / "torch_extensions"
+    if not os.path.isabs(home):  # noqa: PTH117 -- nobody's home: never below the directory we happen to stand in
+        home = os.devnull
+    cache = os.environ.get("XDG_CACHE_HOME") or Path(home) / ".cache"
+    root = os.environ.get("TORCH_EXTENSIONS_DIR") or Path(cache) / "torch_extensions"
     return Path(root) / name / f"{name}.so"
 
 

@@ -455,8 +455,9 @@ def quantize_rows_plain(x: Tensor, levels: int) -> tuple[Tensor, Tensor, int]:
     """The twin of the compiled `quantize`."""
     low, high = x.amin(dim=-1).clamp_max_(0.0), x.amax(dim=-1).clamp_min_(0.0)
     # Of the levels, that a row would give to what is below 0: the rows' mean, which no single one shifts.
-    part = (-low / (high - low).clamp_min(1e-30)).double().mean().nan_to_num()
-    zero = round((levels - 2) * float(part)) + 1  # each side has a level
+    part = (-low / (high - low).clamp_min(1e-30)).double()
+    part = part[part.isfinite()]  # a row that is no number spoils itself alone
+    zero = round((levels - 2) * (float(part.mean()) if part.numel() else 0.0)) + 1  # each side has a level
     scale = torch.maximum(-low / zero, high / (levels - zero)).clamp_min_(1e-30)
     values = (x / scale[..., None]).add_(zero + 0.5).clamp_(0, levels).to(torch.uint8)  # cutting off rounds: all >= 0
     return values, scale, zero

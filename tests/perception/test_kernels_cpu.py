@@ -252,6 +252,16 @@ def test_one_strange_row_does_not_spoil_the_others(compiled: object) -> None:
         assert near(back[5], x[5]) < 0.02
 
 
+@pytest.mark.parametrize("strange", [float("nan"), float("inf"), -float("inf")])
+def test_a_row_that_is_no_number_spoils_itself_alone(compiled: object, strange: float) -> None:
+    x = draw(64, 96)
+    x[5, 7] = strange
+    for values, scale, zero in (quantize_rows_plain(x, 255), compiled.quantize(x, 255)):
+        rest = torch.arange(64) != 5
+        back = (values.float() - zero) * scale[..., None]
+        assert near(back[rest], x[rest]) < 0.01
+
+
 # ---------------------------------------------------------------- compiled operators
 
 
@@ -467,6 +477,7 @@ def test_a_cache_that_cannot_be_written_is_done_without(
 ) -> None:
     monkeypatch.setattr(cpp, "has_compiler", lambda: True)
     monkeypatch.delenv("TORCH_EXTENSIONS_DIR")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setenv("HOME", home)
     cpp.library.cache_clear()
     with caplog.at_level(logging.WARNING):
@@ -474,6 +485,18 @@ def test_a_cache_that_cannot_be_written_is_done_without(
         assert cpp.kernels() is None
         assert cpp.kernels() is None
     assert len(caplog.records) == 1
+
+
+def test_native_code_is_never_taken_from_where_we_stand(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path)  # nobody's home
+    cpp.library.cache_clear()
+    assert cpp.library().is_absolute()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    cpp.library.cache_clear()
+    assert cpp.library().is_relative_to(tmp_path)
+    cpp.library.cache_clear()
 
 
 def test_a_cache_that_cannot_be_read_is_done_without(elsewhere: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -161,8 +161,12 @@ std::tuple<at::Tensor, at::Tensor, int64_t> quantize(const at::Tensor& x, int64_
     }
   });
   double part = 0; // of the levels, that a row would give to what is below 0: the rows' mean, which no single one shifts
-  for (int64_t n = 0; n < rows.count; n++) part += -lows[n] / std::max(highs[n] - lows[n], 1e-30f);
-  const int64_t zero = std::lround((levels - 2) * part / rows.count) + 1; // each side has a level
+  int64_t numbers = 0; // a row that is no number spoils itself alone
+  for (int64_t n = 0; n < rows.count; n++) {
+    const float own = -lows[n] / std::max(highs[n] - lows[n], 1e-30f);
+    if (std::isfinite(own)) part += own, numbers++;
+  }
+  const int64_t zero = std::lround((levels - 2) * part / std::max<int64_t>(numbers, 1)) + 1; // each side has a level
   uint8_t* to = out.mutable_data_ptr<uint8_t>();
   float* scale = scales.mutable_data_ptr<float>();
   for_rows(rows, [&](int64_t begin, int64_t end) {

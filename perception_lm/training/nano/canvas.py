@@ -49,6 +49,12 @@ def ground(draw: random.Random, world: World, *, side: int = SIDE) -> np.ndarray
     canvas = np.broadcast_to(first, (side, side, 3)).copy()
     if kind == "grain":
         canvas += noise(draw, 8)[:side, :side, None]
+    elif kind == "halves":
+        part = canvas[: draw.randrange(side)] if draw.random() < 0.5 else canvas[:, : draw.randrange(side)]
+        part[:] = [draw.randint(222, 255) for _ in range(3)]
+    elif kind == "ruled":
+        gap = draw.randint(5, 12)
+        canvas[draw.randrange(gap) :: gap] -= draw.randint(8, 24)
     elif kind == "fade":
         second = np.array([draw.randint(205, 255) for _ in range(3)], np.float32)
         share = np.linspace(0, 1, side, dtype=np.float32)[:, None, None]
@@ -69,6 +75,16 @@ def paint(canvas: np.ndarray, thing: Thing, rgb: Colour, style: str, draw: rando
         fill = fill * np.linspace(1.1, 0.7, thing.h, dtype=np.float32)[:, None, None]
     elif style == "noisy":
         fill = fill + noise(draw, 25)[: thing.h, : thing.w, None]
+    elif style == "rimmed":
+        light = fill * 0.35 + 255 * 0.65
+        fill = light + (fill - light) * inner(thing.shape, thing.w, thing.h)[..., None]
+    elif style == "halved":
+        fill = np.where(np.arange(thing.w)[None, :, None] < thing.w // 2, fill, fill * 0.75)
+    elif style == "dotted":
+        fill = fill + (255 - fill) * dots(draw.randrange(4))[: thing.h, : thing.w, None] * 0.35
+    elif style == "lit":
+        across = np.linspace(0, 1, thing.w, dtype=np.float32)[None, :, None]
+        fill = fill + (255 - fill) * 0.35 * (across if draw.random() < 0.5 else 1 - across)
     elif style == "striped":
         fill = fill + (255 - fill) * stripes(draw.randrange(4))[: thing.h, : thing.w, None] * 0.35
     _lay(canvas, thing.x, thing.y, alpha, fill)
@@ -113,6 +129,12 @@ def inner(shape: str, w: int, h: int) -> np.ndarray:
 def stripes(phase: int) -> np.ndarray:
     rows, columns = np.mgrid[:SIDE, :SIDE]
     return (((rows + columns + phase) // 2) % 2).astype(np.float32)
+
+
+@lru_cache(maxsize=8)
+def dots(phase: int) -> np.ndarray:
+    rows, columns = np.mgrid[:SIDE, :SIDE]
+    return (((rows + phase) % 4 < 2) & ((columns + phase // 2) % 4 < 2)).astype(np.float32)
 
 
 @lru_cache(maxsize=1)

@@ -5,6 +5,7 @@ tenth of that, or several.
 """
 
 import random
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -16,11 +17,30 @@ from perception_lm.training.nano.world import BAR_WORDS, FONTS, SIDE, Phrasings,
 
 DESCRIBE = Phrasings(("Describe the bar plot in the image.",))  # the reference's own question
 VALUE = Phrasings(
-    ("What is the value of {}?", "How large is {}?", "Which value does {} have?"),
+    (
+        "What is the value of {}?",
+        "How large is {}?",
+        "Which value does {} have?",
+        "What value does {} have?",
+        "Tell me the value of {}.",
+        "What is the value of {} in the bar plot?",
+        "Which value does the bar {} show?",
+        "How long is the bar {}?",
+        "Read the value of {}.",
+    ),
     ("What is the value of the bar {}?", "Which value has {}?"),
 )
 LARGEST = Phrasings(
-    ("Which category has the largest value?", "Which bar is the longest?", "Name the category with the largest value."),
+    (
+        "Which category has the largest value?",
+        "Which bar is the longest?",
+        "Name the category with the largest value.",
+        "What is the largest category?",
+        "Which category is the largest?",
+        "Name the longest bar.",
+        "Which one has the largest value?",
+        "What has the longest bar?",
+    ),
     ("Which category has the longest bar?", "Name the largest category."),
 )
 SMALLEST = Phrasings(
@@ -28,21 +48,59 @@ SMALLEST = Phrasings(
         "Which category has the smallest value?",
         "Which bar is the shortest?",
         "Name the category with the smallest value.",
+        "What is the smallest category?",
+        "Which category is the smallest?",
+        "Name the shortest bar.",
+        "Which one has the smallest value?",
+        "What has the shortest bar?",
     ),
     ("Which category has the shortest bar?", "Name the smallest category."),
 )
 MORE = Phrasings(
-    ("Is {a} larger than {b}?", "Is the value of {a} larger than the value of {b}?"),
+    (
+        "Is {a} larger than {b}?",
+        "Is the value of {a} larger than the value of {b}?",
+        "Is {a} more than {b}?",
+        "Does {a} have a larger value than {b}?",
+        "Is the bar of {a} longer than that of {b}?",
+        "Is the value of {a} larger than that of {b}?",
+    ),
     ("Is the bar of {a} larger than the bar of {b}?",),
 )
 NUMBER = Phrasings(
-    ("How many bars are there?", "Count the bars.", "How many categories are there?"),
+    (
+        "How many bars are there?",
+        "Count the bars.",
+        "How many categories are there?",
+        "How many bars does the plot have?",
+        "What is the number of bars?",
+        "Number of categories?",
+        "How many categories do you see?",
+        "Count the bars in the image.",
+    ),
     ("How many bars do you see?", "Count the categories."),
 )
 AXIS = Phrasings(
-    ("Where does the axis end?", "What is the largest value of the axis?"), ("What is the end of the axis?",)
+    (
+        "Where does the axis end?",
+        "What is the largest value of the axis?",
+        "At which value does the axis end?",
+        "What is the last number of the axis?",
+        "How far does the axis go?",
+    ),
+    ("What is the end of the axis?",),
 )
-NAMES = Phrasings(("Name the categories.", "Which categories are there?"), ("Name the categories of the bar plot.",))
+NAMES = Phrasings(
+    (
+        "Name the categories.",
+        "Which categories are there?",
+        "Name all bars.",
+        "Which bars does the bar plot have?",
+        "What are the categories of the bar plot?",
+        "List the categories.",
+    ),
+    ("Name the categories of the bar plot.",),
+)
 
 ENDS = (10, 20, 50, 100)
 NUMBERS = ("zero", "one", "two", "three", "four")
@@ -67,24 +125,47 @@ def charts(draw: random.Random, world: World) -> Sample:
     chart, face = invent(draw, world)
     picture = plot(draw, world, chart, face)
     asked = (value, value, value, extreme, more, number, axis, names)
-    turns = once([ask(draw, world, chart) for ask in draw.choices(asked, k=draw.randint(4, 6))])
+    turns = once([ask(draw, world, chart) for ask in draw.choices(asked, k=draw.randint(5, 8))])
     turns = [describe(chart)] if draw.random() < 0.3 else world.telling(draw, turns, describe(chart))
     return Sample("charts", picture[None], tuple(turns))
 
 
 def invent(draw: random.Random, world: World) -> tuple[Chart, str]:
     """A chart whose names fit beside its bars, and the font that they fit in."""
+    likely = (0.4, 0.3, 0.3) if world.split == "train" else (1.0, 0.0, 0.0)
     bars = draw.choice(((2,), (2, 3), (2, 3, 4))[world.level])
     face = draw.choice(FONTS[world.split])
     chosen: list[str] = []
     while len(chosen) < bars:
-        word = draw.choice(BAR_WORDS[world.split]).upper()
+        word = draw.choices((bar_word, noun, letters), likely)[0](draw, world)
         if word not in chosen and lettering(word, face, 8).shape[1] < LEFT - 1:
             chosen.append(word)
     end = draw.choice(ENDS)
     # No two bars alike: the largest and the smallest are one each.
     tenths = draw.sample(range(1, 11), bars)
     return Chart(tuple(chosen), tuple(tenth * end // 10 for tenth in tenths), end), face
+
+
+def bar_word(draw: random.Random, world: World) -> str:
+    return draw.choice(BAR_WORDS[world.split]).upper()
+
+
+def noun(draw: random.Random, world: World) -> str:
+    """Of all the words there are to read: from the few names of bars alone, a model learns names and no letters."""
+    return draw.choice(world.words).upper() if world.words else bar_word(draw, world)
+
+
+def letters(draw: random.Random, world: World) -> str:
+    """No word at all, so that none can be guessed from its beginning."""
+    word = "".join(draw.choices(string.ascii_uppercase, k=draw.randint(2, 5)))
+    return word if word.lower() not in BAR_WORDS["test"] else bar_word(draw, world)
+
+
+def size_of(chart: Chart, face: str) -> int:
+    """Of the names' letters: as large as the room beside and above the bars allows."""
+    high = {2: 11, 3: 10}.get(len(chart.names), 8)
+    fitting = (s for s in range(high, 8, -1) if all(lettering(n, face, s).shape[1] < LEFT - 1 for n in chart.names))
+    return next(fitting, 8)
 
 
 def plot(draw: random.Random, world: World, chart: Chart, face: str) -> np.ndarray:
@@ -94,12 +175,13 @@ def plot(draw: random.Random, world: World, chart: Chart, face: str) -> np.ndarr
     thick = max(6, row - draw.choice((4, 5, 6)))
     palette = list(BAR_COLOURS[world.split])
     draw.shuffle(palette)
+    size = size_of(chart, face)
     one_colour = draw.random() < 0.5
     for i, (name, value) in enumerate(zip(chart.names, chart.values, strict=True)):
         top, middle = i * row + (row - thick) // 2, i * row + row // 2
         length = round((RIGHT - LEFT) * value / chart.end)
         canvas[top : top + thick, LEFT : LEFT + length] = palette[0 if one_colour else i % len(palette)]
-        write(canvas, name, 1, middle - 6, face, 8)
+        write(canvas, name, 1, middle - round(0.7 * size), face, size)
     canvas[:FOOT, LEFT - 1] = 60
     canvas[FOOT, LEFT - 1 : RIGHT + 1] = 60
     end = str(chart.end)

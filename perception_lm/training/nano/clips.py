@@ -11,16 +11,57 @@ from perception_lm.training.nano.world import COLOURS, SHAPES, SIDE, STYLES, Phr
 
 FRAMES, MIDDLE = 4, 2
 DIRECTION = Phrasings(
-    ("In which direction does the {} move?", "Which way does the {} move?", "Where does the {} move?"),
+    (
+        "In which direction does the {} move?",
+        "Which way does the {} move?",
+        "Where does the {} move?",
+        "Where does the {} go?",
+        "Which way is the {} moving?",
+        "In which direction is the {} going?",
+        "What is the direction of the {}?",
+        "To which side does the {} move in the video?",
+        "Tell me where the {} goes.",
+    ),
     ("In which direction does the {} go?", "Which way does the {} go?"),
 )
-WHICH = Phrasings(("Which shape moves?", "What moves in the video?"), ("Which shape moves in the video?",))
+WHICH = Phrasings(
+    (
+        "Which shape moves?",
+        "What moves in the video?",
+        "What moves?",
+        "Which shape is moving?",
+        "Which one moves?",
+        "Name the shape that moves.",
+        "Which shape moves in this clip?",
+        "What is moving in the video?",
+    ),
+    ("Which shape moves in the video?",),
+)
 FIRST = Phrasings(
-    ("Which shape appears {}?", "What appears {}?", "Name the shape that appears {}."),
+    (
+        "Which shape appears {}?",
+        "What appears {}?",
+        "Name the shape that appears {}.",
+        "What appears {} in the video?",
+        "Which one appears {}?",
+        "Which shape is seen {}?",
+        "Which shape comes {} in this clip?",
+        "What is shown {} in the video?",
+        "Tell me which shape appears {}.",
+    ),
     ("Which shape appears {} in the video?",),
 )
 TIMES = Phrasings(
-    ("How many times does the {} appear?", "Count how often the {} appears."),
+    (
+        "How many times does the {} appear?",
+        "Count how often the {} appears.",
+        "How many times is the {} seen?",
+        "How many times is the {} in the video?",
+        "How often is the {} shown?",
+        "How often do you see the {}?",
+        "Count the times the {} appears.",
+        "In how many frames is the {}?",
+    ),
     ("How often does the {} appear?", "How many times do you see the {}?"),
 )
 MOVES = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}

@@ -15,14 +15,40 @@ from perception_lm.training.nano.canvas import finish, ground, place
 from perception_lm.training.nano.world import SIDE, Phrasings, Sample, Split, Turn, World
 
 WHAT = Phrasings(
-    ("What is this?", "What is drawn here?", "What does the picture show?", "Name the drawing."),
+    (
+        "What is this?",
+        "What is drawn here?",
+        "What does the picture show?",
+        "Name the drawing.",
+        "What do you see?",
+        "What is in the image?",
+        "What is shown in this picture?",
+        "Tell me what this is.",
+        "What does this drawing show?",
+    ),
     ("What does the image show?", "What is this a drawing of?"),
 )
 COUNT_OF = Phrasings(
-    ("How many {} drawings are there?", "Count the {} drawings."),
+    (
+        "How many {} drawings are there?",
+        "Count the {} drawings.",
+        "How many {} drawings do you see?",
+        "What is the number of {} drawings?",
+        "Count the {} drawings in the image.",
+    ),
     ("How many {} drawings are in the image?",),
 )
-EXISTS = Phrasings(("Is there a drawing of {}?", "Do you see {}?"), ("Is there a drawing of {} in the image?",))
+EXISTS = Phrasings(
+    (
+        "Is there a drawing of {}?",
+        "Do you see {}?",
+        "Is {} in the picture?",
+        "Can you see {} in the image?",
+        "Does the image contain {}?",
+        "Is a drawing of {} shown?",
+    ),
+    ("Is there a drawing of {} in the image?",),
+)
 
 # Things that look like themselves in any style, by emojibase's labels; all of them among the seen concepts.
 NAMES = (

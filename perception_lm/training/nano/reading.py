@@ -10,10 +10,20 @@ from perception_lm.training.nano.canvas import finish, ground, lettering, write
 from perception_lm.training.nano.world import BAR_WORDS, FONTS, SIDE, Phrasings, Sample, Split, Turn, World
 
 READ = Phrasings(
-    ("Which word is written here?", "Read the word.", "What does the image say?", "What word is this?"),
+    (
+        "Which word is written here?",
+        "Read the word.",
+        "What does the image say?",
+        "What word is this?",
+        "Which word is in the image?",
+        "What is written in the image?",
+        "What is written here?",
+        "Read the word in this picture.",
+        "Which word do you see?",
+    ),
     ("Read the word in the image.", "Which word is written in the image?"),
 )
-SIZES = (8, 10, 12)  # of letters, in pixels
+SIZES = (8, 9, 10, 12, 14)  # of letters, in pixels
 LONGEST = 7
 
 

@@ -41,31 +41,98 @@ WHICH_SHAPE_OF = ("what is the {} shape?",)
 # --- ours: what is asked of several shapes --------------------------------------------------------------------------
 
 COUNT = Phrasings(
-    ("How many shapes are there?", "Count the shapes.", "How many shapes do you see?", "What is the number of shapes?"),
+    (
+        "How many shapes are there?",
+        "Count the shapes.",
+        "How many shapes do you see?",
+        "What is the number of shapes?",
+        "How many shapes are in this picture?",
+        "How many shapes can be seen in the image?",
+        "How many shapes does the image show?",
+        "Count all shapes in the picture.",
+        "Count the shapes that are shown.",
+        "Number of shapes in the image?",
+        "Tell me how many shapes there are.",
+        "How many things are drawn here?",
+    ),
     ("How many shapes are in the image?", "Count the shapes in the image."),
 )
 COUNT_OF = Phrasings(
-    ("How many {} are there?", "Count the {}.", "How many {} do you see?", "What is the number of {}?"),
+    (
+        "How many {} are there?",
+        "Count the {}.",
+        "How many {} do you see?",
+        "What is the number of {}?",
+        "How many {} are in this picture?",
+        "How many {} can be seen in the image?",
+        "How many {} does the image show?",
+        "Count all {} in the picture.",
+        "Count the {} that are shown.",
+        "Number of {} in the image?",
+        "Tell me how many {} there are.",
+    ),
     ("How many {} are in the image?", "Count the {} in the image."),
 )
 COLOUR_OF = Phrasings(
-    ("What color is the {}?", "Which color does the {} have?", "Name the color of the {}."),
+    (
+        "What color is the {}?",
+        "Which color does the {} have?",
+        "Name the color of the {}.",
+        "What color does the {} have?",
+        "The {} has which color?",
+        "What is the color of the {} in the picture?",
+        "In which color is the {} drawn?",
+        "Tell me the color of the {}.",
+    ),
     ("What is the color of the {}?", "Which color is the {}?"),
 )
 SHAPE_OF = Phrasings(
-    ("What shape is the {} one?", "Which shape is {}?", "Name the {} shape."),
+    (
+        "What shape is the {} one?",
+        "Which shape is {}?",
+        "Name the {} shape.",
+        "What is the shape of the {} one?",
+        "Which shape is drawn in {}?",
+        "What shape is {}?",
+        "Which shape has the color {}?",
+        "Tell me which shape is {}.",
+    ),
     ("What is the {} shape?", "Which shape does the {} one have?"),
 )
 EXISTS = Phrasings(
-    ("Is there a {}?", "Do you see a {}?", "Does the image contain a {}?"),
+    (
+        "Is there a {}?",
+        "Do you see a {}?",
+        "Does the image contain a {}?",
+        "Is a {} in the picture?",
+        "Is there a {} in this picture?",
+        "Can you see a {}?",
+        "Can you see a {} in the image?",
+        "Does the picture show a {}?",
+        "Is a {} shown?",
+    ),
     ("Is there a {} in the image?", "Do you see a {} in the image?"),
 )
 BESIDE = Phrasings(
-    ("Is the {a} {side} the {b}?", "Do you see the {a} {side} the {b}?"),
+    (
+        "Is the {a} {side} the {b}?",
+        "Do you see the {a} {side} the {b}?",
+        "Is the {a} to be seen {side} the {b}?",
+        "In this picture, is the {a} {side} the {b}?",
+        "Is it true that the {a} is {side} the {b}?",
+        "Does the {a} lie {side} the {b}?",
+    ),
     ("In the image, is the {a} {side} the {b}?",),
 )
 LARGER = Phrasings(
-    ("Which is larger, the {a} or the {b}?", "Which one is larger: the {a} or the {b}?"),
+    (
+        "Which is larger, the {a} or the {b}?",
+        "Which one is larger: the {a} or the {b}?",
+        "Which one is larger, the {a} or the {b}?",
+        "What is larger, the {a} or the {b}?",
+        "Which shape is the larger one, the {a} or the {b}?",
+        "The {a} or the {b}: which is larger?",
+    ),
     ("Which shape is larger, the {a} or the {b}?",),
 )
 LIST = Phrasings(("List every shape with its box.",))
@@ -89,7 +156,7 @@ def easy(draw: random.Random, world: World) -> Sample:
     exact = draw.random() < 0.5  # easy-VQA's own eight values, else shades of them
     rgb = COLOURS[colour]["train"][0] if exact and world.split == "train" else world.colour(draw, colour)
     paint(canvas, thing, rgb, draw.choice(STYLES[world.split]), draw)
-    turns = [easy_turn(draw, thing) for _ in range(draw.randint(4, 7))]
+    turns = once([easy_turn(draw, thing) for _ in range(draw.randint(6, 10))])
     turns = world.telling(draw, turns, Turn("caption", CAPTION_IMAGE, f"1 shape: a {thing.name}."))
     return Sample("easy", finish(canvas)[None], tuple(turns))
 
@@ -140,7 +207,7 @@ def shapes(draw: random.Random, world: World) -> Sample:
     most = (2, 4, 6)[world.level]
     things = arrange(draw, world, draw.choice([n for n in MANY if n <= most]))
     picture = show(draw, world, things)
-    asked = draw.choices(QUESTIONS, weights=[weight for _, weight in _WEIGHTED], k=draw.randint(4, 6))
+    asked = draw.choices(QUESTIONS, weights=[weight for _, weight in _WEIGHTED], k=draw.randint(6, 9))
     turns = once([turn for ask in asked if (turn := ask(draw, world, things)) is not None])
     told = locate(things) if world.told or draw.random() < 0.5 else caption(things)
     turns = world.telling(draw, turns, told) if turns else [told]

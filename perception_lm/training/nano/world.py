@@ -31,10 +31,13 @@ EASY_SHAPES = ("circle", "rectangle", "triangle")
 SHAPES = (*EASY_SHAPES, "star", "cross")
 
 STYLES: Mapping[Split, Sequence[str]] = {
-    "train": ("flat", "flat", "bordered", "shaded", "noisy"),
+    "train": ("flat", "flat", "bordered", "shaded", "noisy", "rimmed", "halved", "dotted", "lit"),
     "test": ("striped", "shadowed"),
 }
-GROUNDS: Mapping[Split, Sequence[str]] = {"train": ("pastel", "pastel", "white", "grain"), "test": ("fade",)}
+GROUNDS: Mapping[Split, Sequence[str]] = {
+    "train": ("pastel", "pastel", "white", "grain", "halves", "ruled"),
+    "test": ("fade",),
+}
 
 FONTS: Mapping[Split, Sequence[str]] = {
     "train": (
@@ -42,6 +45,9 @@ FONTS: Mapping[Split, Sequence[str]] = {
         "DejaVuSans",
         "DejaVuSansCondensed",
         "DejaVuSansMono-Bold",
+        "DejaVuSans-Bold",
+        "DejaVuSansCondensed-Bold",
+        "LiberationSansNarrow-Regular",
         "LiberationMono-Regular",
         "LiberationSans-Regular",
     ),
