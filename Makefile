@@ -33,6 +33,7 @@ bench: $(VENV)/.test ## every benchmark, an hour or more; results go to benchmar
 	$(BIN)/python benchmarks/load_memory.py
 	$(BIN)/python benchmarks/quantize_lm.py
 	$(BIN)/python benchmarks/training_packing.py
+	$(BIN)/python benchmarks/finetuning.py
 
 bench-quick: $(VENV)/.test ## a first look at the seven quickest, in two minutes; nothing is kept
 	$(BIN)/python benchmarks/run.py --quick
