@@ -11,7 +11,7 @@ import logging
 import platform
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from perception_encoder.retrieval.choice import (
     time_of,
     tune,
 )
-from perception_encoder.retrieval.exact import AT_ONCE, PATIENCE
+from perception_encoder.retrieval.exact import PATIENCE
 from perception_encoder.retrieval.store import check_queries
 from perception_encoder.retrieval.versions import Snapshot, best
 
@@ -42,6 +42,7 @@ HELD_OUT = 256  # queries, at most a tenth of the rows
 K = 10  # of recall
 BLOCK_BYTES = 2**30  # of codes filled in memory at once
 SEED = 20260101
+COPYING = 20.0  # seconds for copies of rows before an exact search is timed
 
 
 def build_index(
@@ -61,6 +62,8 @@ def build_index(
     check_budget(kind=kind, max_memory=max_memory, max_latency=max_latency, target_recall=target_recall)
     memory, width = parse_bytes(max_memory), now.manifest.width
     choice = choose(now.rows, width, kind=kind, max_memory=memory, max_latency=max_latency)
+    choice = replace(choice, limit=memory)
+    now.copies.limit(choice.spare(now.rows, width))
     test = _Test(now, None if queries is None else check_queries(queries, 1, width))
     budget = {"max_memory": memory, "max_latency": max_latency, "target_recall": target_recall}
     started = time.perf_counter()
@@ -104,8 +107,11 @@ class _Test:
         some = self.queries[: max(1, min(len(self.queries), 2**31 // max(1, self.now.rows * self.now.manifest.width)))]
         found = _numpy_search(self.now, some.numpy(), self.k, self.added)
         share = round(recall(self.wanted[: len(some)], found), 4)
-        size = 4 * self.now.rows * self.now.manifest.width
-        for _ in range(PATIENCE + 1 + size // AT_ONCE):  # until all is copied that searches copy
+        end, before = time.perf_counter() + COPYING, -1
+        for _ in range(PATIENCE):
+            self.now.exact(self.queries[:1], self.k)
+        while self.now.copies.bytes > before and time.perf_counter() < end:  # until all is copied that searches copy
+            before = self.now.copies.bytes
             self.now.exact(self.queries[:1], self.k)
         seconds = time_of(lambda: self.now.exact(self.queries[:1], self.k))
         return [Trial(0, share, seconds, {"all": share})]

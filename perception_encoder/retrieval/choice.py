@@ -38,6 +38,7 @@ class Choice:
     effort   lists looked through (nprobe), or breadth of the walk (efSearch)
     rescore  candidates per result whose stored vectors are read for the exact score; 0: codes are exact
     why      in words
+    limit    bytes a search may keep in memory, copies of rows included; None: no limit
     """
 
     kind: Kind
@@ -46,9 +47,14 @@ class Choice:
     effort: int = 0
     rescore: int = 0
     why: str = ""
+    limit: int | None = None
+
+    def spare(self, rows: int, width: int) -> int | None:
+        """Bytes that copies of rows may take, beside `bytes`; None: no limit."""
+        return None if self.limit is None else max(0, self.limit - self.bytes(rows, width))
 
     def bytes(self, rows: int, width: int) -> int:
-        """What a search keeps in memory."""
+        """What a search keeps in memory; an exact one keeps copies of rows too where there is memory to spare."""
         if self.kind == "flat":
             return 4 * rows * width
         if self.kind == "hnsw":

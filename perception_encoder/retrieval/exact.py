@@ -23,7 +23,7 @@ from torch import Tensor
 BLOCK = 8192  # rows multiplied at once
 SPARE = 16  # candidates beyond k that a block may propose before its own k-th best is looked up
 SCORES = 2**24  # products, and numbers of candidates' vectors, in memory at once
-MANY = 16  # a block that proposes more than one row in so many is looked at without rounding
+MANY = 16  # a block of which 8 bits propose more than one row in so many is looked at without rounding
 PATIENCE = 2  # times a block is multiplied where it lies before it is copied: for a single search a copy never pays
 LEAST = 1024  # rows of a block that is worth a copy
 FEW = 16  # queries that wait for the rows more than for the arithmetic
@@ -185,11 +185,18 @@ def _look(which: Tensor, block: Block, product: Product, found: _Found) -> None:
         hits[crowded] = scores[crowded] >= floor[crowded] - slack[crowded]
     if keep is not None:
         hits &= keep
-    if product.off:  # too rough for those with many rows of nearly the same score
-        rough = hits.sum(dim=1) > max(found.k + SPARE, len(block.vectors) // MANY)
-        if bool(rough.any()):
-            _look(which[rough], block, Lying(block.vectors), found)
-            hits[rough] = False
+    limit = max(found.k + SPARE, len(block.vectors) // MANY) if product.off else found.k + SPARE
+    if len(crowded) and bool((crowd := hits.sum(dim=1) > limit).any()):
+        if product.off:  # too rough for those with many rows of nearly the same score
+            _look(which[crowd], block, Lying(block.vectors), found)
+            hits[crowd] = False
+        else:  # many rows alike: their order is decided here, so that no more than k of them are remembered
+            rows = block.vectors if numbers is None else block.vectors[numbers]
+            exact = (found.queries[which[crowd]].double() @ rows.double().T).float()
+            if keep is not None:
+                exact = exact.masked_fill(~keep, -torch.inf)
+            first = exact.sort(dim=1, descending=True, stable=True).indices[:, : found.k]
+            hits[crowd] &= torch.zeros_like(hits[crowd]).scatter_(1, first, True)
     asked, places = hits.nonzero(as_tuple=True)
     if len(asked):
         rows = (places if numbers is None else numbers[places]) + block.first
@@ -297,18 +304,29 @@ class Copies:
             if isinstance(other, kind):
                 self._made[few, block.name] = other
                 continue
-            size = block.vectors.numel() * (1 if kind is Rounded else 4)
+            size = 4 * block.vectors.numel()
+            if kind is Rounded:
+                size = block.vectors.numel() + 4 * len(block.vectors)  # and the scale of each row
             if self.bytes + size > self.most or read >= AT_ONCE:
                 return
             made = self._made[few, block.name] = kind(block.vectors)
             self.bytes += made.bytes
             read += 4 * block.vectors.numel()
 
+    def limit(self, most: int | None) -> None:
+        """Take no more than so many bytes from now on, and never more than MOST. What is there goes if it is more."""
+        with self._lock:
+            self.most = MOST if most is None else min(MOST, most)
+            if self.bytes > self.most:
+                self._made.clear()
+                self.bytes = 0
+
     def forget(self, kept: Collection[Hashable]) -> None:
         """Drop the copies of blocks that are no more."""
         with self._lock:
             kept = set(kept)
-            for key in [key for key in self._asked if key[1] not in kept]:
+            # A list first: searches of other threads add to what was asked for, and do not wait for the lock.
+            for key in [key for key in list(self._asked) if key[1] not in kept]:
                 del self._asked[key]
             for key in [key for key in self._made if key[1] not in kept]:
                 made = self._made.pop(key)

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from perception.errors import CheckpointError, ConfigError
 from perception.files import atomic_write
 from perception_encoder.retrieval.columns import Column, column, id_hashes
-from perception_encoder.retrieval.embed import fingerprint
+from perception_encoder.retrieval.embed import embedding_width, fingerprint
 from perception_encoder.retrieval.index import UNKNOWN
 from perception_encoder.retrieval.parts import (
     PLAN_FORMAT,
@@ -69,10 +69,17 @@ def import_vectors(
     which   "image" or "text", for clip-retrieval's folders
     roots   folders whose pictures may be opened to show results
 
-    Raises CheckpointError when an array cannot be read without pickle or its table has another number of rows.
+    Raises CheckpointError when an array cannot be read without pickle or its table has another number of rows,
+    ConfigError for a model whose embeddings are of another width.
     """
     pairs = find_pairs(Path(source), which)
     shapes = [(pair, _open(pair.vectors).shape) for pair in pairs]
+    for pair, shape in shapes:
+        if model is not None and (theirs := embedding_width(model)) and theirs != shape[1]:
+            raise ConfigError(
+                f"{pair.vectors} holds vectors of {shape[1]}; the model given makes {theirs}; "
+                "give the one that made them, or none"
+            )
     chunks = [
         {"array": str(pair.vectors), "table": str(pair.table) if pair.table else None, "start": start, "rows": rows}
         for pair, shape in shapes

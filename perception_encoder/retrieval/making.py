@@ -7,6 +7,7 @@
 
 import hashlib
 import itertools
+import json
 import logging
 import os
 import shutil
@@ -18,10 +19,11 @@ import numpy as np
 import torch
 
 from perception.errors import ConfigError
-from perception.files import sweep_temporaries
+from perception.files import atomic_write, sweep_temporaries
+from perception_encoder.retrieval.choice import TARGET_RECALL, parse_bytes
 from perception_encoder.retrieval.columns import Value
 from perception_encoder.retrieval.embed import embedding_width, fingerprint
-from perception_encoder.retrieval.faiss_store import FaissStore, Origin
+from perception_encoder.retrieval.faiss_store import REPORT, FaissStore, Origin
 from perception_encoder.retrieval.index import (
     FORMAT,
     INDEX,
@@ -40,6 +42,7 @@ from perception_encoder.retrieval.parts import (
     Plan,
     check_same,
     chunk_line,
+    is_finished,
     part_name,
     read_chunks,
     read_part,
@@ -58,15 +61,18 @@ def make_index(
 ) -> IndexFacts:
     """The files of an index, and what is true of it."""
     folder = out / STORE / PARTS if store == "faiss" else out / PARTS
+    finished = (out / INDEX).is_file()
+    if finished and (theirs := read_facts(out).store) != store:
+        raise ConfigError(f"{out} holds an index in {theirs}; store={store!r} needs another folder")
     if is_parts(source):
-        if (out / INDEX).is_file():
-            return _same_parts(out, Path(source), model, folder)
+        if finished:
+            return _same_parts(out, Path(source), model, folder, budget)
         plan, roots = adopt(Path(source), folder, model)
     else:
         found = as_source(source)
         settings = {"batch_size": 64, "part_rows": 8192, "normalize": True, **settings}
-        if (out / INDEX).is_file():
-            return _same_index(out, found, model, settings, folder)
+        if finished:
+            return _same_index(out, found, model, settings, folder, budget)
         plan = embed_parts(model, found, folder, **settings).plan
         roots = found.roots()
     parts = Parts(folder)
@@ -89,7 +95,9 @@ def make_index(
     return facts
 
 
-def _same_index(out: Path, found: Any, model: Any, settings: dict[str, Any], folder: Path) -> IndexFacts:
+def _same_index(
+    out: Path, found: Any, model: Any, settings: dict[str, Any], folder: Path, budget: dict[str, Any]
+) -> IndexFacts:
     """A finished index of the very same pictures is opened; of others it is not touched."""
     facts, stored = read_facts(out), read_plan(folder)
     asked = make_asked(found, model, settings)
@@ -101,11 +109,11 @@ def _same_index(out: Path, found: Any, model: Any, settings: dict[str, Any], fol
     listed = "".join(chunk_line(chunk) for chunk in found.chunks(stored.part_rows))
     if stored.chunks != f"chunks-{hashlib.sha256(listed.encode()).hexdigest()[:16]}.jsonl":
         raise ConfigError(OTHERS.format(out))
-    log.info("%s is finished already", out)
+    _say_finished(out, budget)
     return facts
 
 
-def _same_parts(out: Path, source: Path, model: Any, folder: Path) -> IndexFacts:
+def _same_parts(out: Path, source: Path, model: Any, folder: Path, budget: dict[str, Any]) -> IndexFacts:
     """A finished index of the very same parts is opened, and learns of a model that somebody now vouches for."""
     facts = read_facts(out)
     if not (folder / PLAN).is_file() or read_plan(folder) != read_plan(source):
@@ -113,8 +121,34 @@ def _same_parts(out: Path, source: Path, model: Any, folder: Path) -> IndexFacts
     if known := vouched(str(out), facts.fingerprint, facts.model, facts.width, model):
         facts = replace(facts, **known)
         write_facts(out, facts)
-    log.info("%s is finished already", out)
+    _say_finished(out, budget)
     return facts
+
+
+def _say_finished(out: Path, budget: dict[str, Any]) -> None:
+    """Nothing is built again. Says so louder when something is asked for that the index was not built with."""
+    log.info("%s is finished already", out)
+    try:
+        built = json.loads((out / STORE / REPORT).read_text("utf-8"))
+        kind, asked = built["index"]["kind"], {"target_recall": TARGET_RECALL, **built["asked"]}
+        measured = "given queries" in built["measured"]["queries"]
+    except (OSError, ValueError, KeyError, TypeError):  # a store that measures nothing, and takes no budgets
+        kind, asked, measured = "auto", {"target_recall": TARGET_RECALL}, False
+    memory, latency, recall = parse_bytes(budget["max_memory"]), budget["max_latency"], budget["target_recall"]
+    other = {
+        "kind": budget["kind"] not in ("auto", kind),
+        "max_memory": memory is not None and memory != asked.get("max_memory"),
+        "max_latency": latency is not None and latency != asked.get("max_latency"),
+        "target_recall": recall not in (TARGET_RECALL, asked["target_recall"]),
+        "queries": budget["queries"] is not None and not measured,
+    }
+    if names := [name for name, differs in other.items() if differs]:
+        log.warning(
+            "%s is finished already, not looked at: %s; Index.open(%r).optimize(...) chooses again",
+            out,
+            ", ".join(names),
+            str(out),
+        )
 
 
 def make_asked(found: Any, model: Any, settings: dict[str, Any]) -> Plan:
@@ -133,7 +167,10 @@ def is_parts(source: Any) -> bool:
 
 
 def adopt(source: Path, folder: Path, model: Any) -> tuple[Plan, list[str]]:
-    """Take finished parts over, as links where the disk allows it: nothing is embedded again."""
+    """Take finished parts over, as links where the disk allows it: nothing is embedded again.
+
+    Raises ConfigError, before anything is written, for parts that are not whole or that the model cannot have made.
+    """
     parts = Parts(source)
     plan = parts.plan
     if (folder / PLAN).is_file() and read_plan(folder) != plan:
@@ -142,18 +179,21 @@ def adopt(source: Path, folder: Path, model: Any) -> tuple[Plan, list[str]]:
         raise ConfigError(
             f"{len(missing)} of {plan.parts} parts of {source} are missing or damaged, such as {missing[:5]}"
         )
+    sidecars = [read_part(source, number).sidecar for number in range(plan.parts)]
+    width = next((sidecar.width for sidecar in sidecars if sidecar.width), 0)
+    known = vouched(str(source), plan.fingerprint, plan.model, width, model)
     folder.mkdir(parents=True, exist_ok=True)
     for name in (plan.chunks, PLAN):  # first: they say whose the parts are
         if (source / name).is_file() and not (folder / name).is_file():
             _link(source / name, folder / name)
-    width = 0
-    for number in range(plan.parts):
-        sidecar = read_part(source, number).sidecar
-        width = sidecar.width or width
-        for name in (sidecar.file, f"{part_name(number)}.json"):  # the sidecar last: it says the part is whole
-            if not (folder / name).is_file():
-                _link(source / name, folder / name)
-    known = vouched(str(source), plan.fingerprint, plan.model, width, model)
+    for number, sidecar in enumerate(sidecars):
+        if is_finished(folder, number, verify=True):
+            continue
+        names = (sidecar.file, f"{part_name(number)}.json")  # the sidecar last: it says the part is whole
+        for name in reversed(names):  # of a run that did not come to its end
+            (folder / name).unlink(missing_ok=True)
+        for name in names:
+            _link(source / name, folder / name)
     return replace(plan, **known), _roots(source, plan)
 
 
@@ -196,7 +236,8 @@ def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
     except OSError:
-        shutil.copyfile(source, target)
+        with atomic_write(target) as temporary:
+            shutil.copyfile(source, temporary)
 
 
 def _make_faiss(out: Path, parts: Parts, width: int, budget: dict[str, Any]) -> None:

@@ -161,6 +161,7 @@ class Snapshot:
         copies = before.copies if before is not None else Copies()
         now = cls(folder, manifest, tuple(parts), index, _alive(folder, manifest), copies, list(base))
         copies.forget([block.name for block in now._blocks(None, 0)])
+        copies.limit(manifest.choice.spare(manifest.rows, manifest.width))
         return now
 
     @cached_property

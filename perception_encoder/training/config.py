@@ -143,6 +143,7 @@ class Run:
     def __post_init__(self) -> None:
         check_range("steps", self.steps, 1, 10**12)
         check_range("batch", self.batch, 1, 10**9)
+        check_range("log_every", self.log_every, 1, 10**9)
         check_range("optimizer.layer_decay", self.optimizer.layer_decay, 0.01, 1)
         if not 0 <= self.schedule.warmup < self.steps:
             raise ConfigError(f"schedule.warmup={self.schedule.warmup}; expected 0 to less than steps={self.steps}")

@@ -42,6 +42,8 @@ def train(run: Run, *, model: Any = None, pairs: Pairs | None = None, progress: 
         done = trainer.run()
         if done:
             write_model(trainer, Path(run.out) / "model")
+        if isinstance(trainer.task, ContrastiveTask):
+            trainer.task.hand_back()
         return done
 
 
@@ -54,6 +56,8 @@ def rehearse(run: Run, *, model: Any = None, pairs: Pairs | None = None) -> dict
         trainer = make_trainer(trial, world, model=model, pairs=pairs, progress=False)
         named = list(trainer.task.named_parameters())
         line = trainer.advance(trainer.data.steps(0))
+        if isinstance(trainer.task, ContrastiveTask):
+            trainer.task.hand_back()
         return {
             "out": run.out,
             "task": run.task,

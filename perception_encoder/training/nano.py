@@ -621,8 +621,18 @@ def _work(rank: int, options: argparse.Namespace, port: int | None = None) -> No
     if port is not None:  # as torchrun says it
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": options.processes, "MASTER_PORT": port}
         os.environ.update({"MASTER_ADDR": "127.0.0.1", **{name: str(value) for name, value in place.items()}})
+    config = NanoConfig(image_steps=options.image_steps)
+    for first, side, _, _ in config.looks:
+        if "image" in options.stages and not rank and first >= config.image_steps:
+            log.warning(
+                "--image-steps %d ends before pictures of %d pixels, which come at step %d: the model will not have "
+                "learned from them",
+                config.image_steps,
+                side,
+                first,
+            )
     with processes(EngineConfig(device="cpu", threads=1, timeout=1800.0)) as world:
-        clip = train(NanoConfig(image_steps=options.image_steps), options.data, options.out, options.stages, world)
+        clip = train(config, options.data, options.out, options.stages, world)
         if clip is not None and "image" in options.stages and world.first:
             save(clip.half(), options.out / NAME)
             log.info("saved %s", options.out / NAME)

@@ -79,7 +79,11 @@ class FolderPairs:
         beside = file.with_suffix(".txt")
         if not beside.is_file():
             return Pair(file, (file.parent.name.replace("_", " "),))
-        return Pair(file, _texts(beside.read_text(encoding="utf-8").splitlines(), str(beside)))
+        try:
+            lines = beside.read_text(encoding="utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise MediaError(f"{beside} is no UTF-8 text ({error}); write it again in UTF-8") from error
+        return Pair(file, _texts(lines, str(beside)))
 
     def where(self, index: int) -> str:
         return str(self.files[index])
@@ -120,7 +124,10 @@ class RowPairs:
             ) from error
         if not isinstance(image, str):
             raise MediaError(f"{self.where(index)}: the picture is {image!r:.60}; expected a path")
-        file = (self.root / image).resolve()
+        try:
+            file = (self.root / image).resolve()
+        except (ValueError, RuntimeError) as error:  # a zero byte, a link to itself
+            raise MediaError(f"{self.where(index)}: {image!r:.60} is no path ({error})") from error
         if not file.is_relative_to(self.root):
             raise MediaError(f"{self.where(index)}: {image!r} is outside of {self.root}")
         return Pair(file, _texts(text, self.where(index)))
@@ -318,8 +325,20 @@ class PairStream:
 
 
 def class_names(pairs: Pairs) -> list[str]:
-    """Every label once, in order. Raises MediaError for rows without one."""
-    return sorted({text for index in range(len(pairs)) for text in pairs[index].texts})
+    """Every label once, in order, of the rows that can be read; the others are counted when it is their turn.
+
+    Raises MediaError when no row has a label.
+    """
+    found: set[str] = set()
+    why = ""
+    for index in range(len(pairs)):
+        try:
+            found.update(pairs[index].texts)
+        except (MediaError, LimitError, OSError) as error:
+            why = why or f"; the first: {error}"
+    if not found:
+        raise MediaError(f"none of {len(pairs)} rows has a label{why}")
+    return sorted(found)
 
 
 def _both(stretch: float, size: tuple[int, int]) -> tuple[tuple[float, int], tuple[float, int]]:

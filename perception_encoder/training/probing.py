@@ -91,6 +91,8 @@ def summary(facts: dict[str, Any]) -> str:
 def load_probe(folder: str | Path) -> tuple[Probe, list[str]]:
     """A probe that a run wrote, and the labels of its rows. Raises CheckpointError for what is none."""
     folder = Path(folder)
+    if not (folder / FACTS).is_file():
+        raise CheckpointError(f"{folder} holds no probe: it lacks {FACTS}; give the folder a probe's run wrote to")
     facts = read_json(folder / FACTS, 64 * 2**20, CheckpointError)
     state = open_checkpoint(folder / WEIGHTS)
     try:

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from perception.training.distributed import whole_tensor
 from perception.training.trainer import Loss
 from perception_encoder.clip import CLIP
 from perception_encoder.training.config import LossConfig
@@ -27,6 +28,8 @@ class ContrastiveTask(nn.Module):
 
     together  several processes: their texts and pictures are negatives, too
     teacher   pixels -> B T, frozen
+
+    It takes the model's logit_scale for itself: until `hand_back` the model cannot be saved.
     """
 
     def __init__(self, clip: CLIP, loss: LossConfig, *, teacher: Any = None, width: int = 0, together: bool = False):
@@ -58,6 +61,12 @@ class ContrastiveTask(nn.Module):
             if self.loss.relations:
                 total = total + self.loss.relations * similarity_distillation(image, wanted)
         return Loss(total * count, count, count * self._flops(batch))
+
+    def hand_back(self) -> None:
+        """The model has a logit_scale of its own again, as learned. All processes call it together, at the end."""
+        value = whole_tensor(self.logit_scale.detach())[0].clone()
+        del self.model.logit_scale
+        self.model.logit_scale = nn.Parameter(value, requires_grad=self.logit_scale.requires_grad)
 
     def _flops(self, batch: Batch) -> float:
         (teacher,) = self.teacher

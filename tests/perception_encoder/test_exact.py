@@ -153,6 +153,26 @@ def test_equal_rows_come_in_their_order(rows: Tensor, queries: Tensor, eager: Ca
         same(search(queries[:5], twins, 200, copies=copies), by_numpy(queries[:5], twins, 200))
 
 
+@pytest.mark.parametrize("form", ["plain", "8 bits"])
+@pytest.mark.parametrize("share", [1.0, 0.8, 0.2])
+def test_thousands_of_equal_rows_are_not_all_remembered(
+    rows: Tensor, queries: Tensor, eager: Callable[[str], Copies], form: str, share: float
+) -> None:
+    """Who asks with a picture that is there thousands of times does not get thousands of candidates."""
+    twins, keep = rows.clone(), np.random.default_rng(0).random(len(rows)) < share
+    twins[500:4500] = queries[0]
+    asked = torch.cat([queries[:1].expand(200, -1), queries])
+    counted: list[int] = []
+
+    def vectors_of(at: np.ndarray) -> Tensor:
+        counted.append(len(at))
+        return twins[torch.from_numpy(at)]
+
+    got = exact_search(asked, blocks_of(twins, 1500, keep), 10, vectors_of, eager(form))
+    same(got, by_numpy(asked, twins, 10, keep))
+    assert sum(counted) <= len(asked) * 4 * max(10 + exact.SPARE, 1500 // exact.MANY)
+
+
 def test_rounding_of_the_product_does_not_show(rows: Tensor, queries: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     """Products that are off by as much as they may be, in the worst direction there is: the answer is the same."""
     slack = 0.01  # far more than any gap between neighbours
@@ -275,6 +295,22 @@ def test_copies_keep_to_their_limits(store: FaissStore, queries: Tensor, monkeyp
     assert held[exact.PATIENCE :] == [block, 2 * block, 3 * block, 3 * block, 3 * block]
     same_store = FaissStore(store.folder)
     assert same_store.search(queries, 5) == found
+
+
+def test_a_search_may_ask_while_copies_are_forgotten(rows: Tensor) -> None:
+    """A block that is asked for while the names are gone through, as another thread may."""
+    copies = Copies()
+    later = iter(range(100))
+
+    class Name:
+        def __hash__(self) -> int:
+            copies._asked[True, next(later)] += 1
+            return 7
+
+    copies._asked[True, Name()] += 1
+    copies._asked[True, "other"] += 1
+    copies.forget([])
+    assert (True, "other") not in copies._asked
 
 
 def test_threads_search_while_copies_are_made(store: FaissStore, queries: Tensor) -> None:

@@ -3,6 +3,8 @@
 import builtins
 import dataclasses
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -164,6 +166,64 @@ def test_from_parts_nothing_is_embedded_again(clip: pe.CLIP, tmp_path: Path, mon
     (tmp_path / "parts" / "part-00001.json").unlink()
     with pytest.raises(ConfigError, match="missing or damaged"):
         pe.Index.build(tmp_path / "parts", clip, tmp_path / "less")
+
+
+def test_parts_that_a_kill_left_in_the_middle_are_taken_over_again(
+    clip: pe.CLIP, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = pictures(tmp_path / "p", 6)
+    parts = pe.embed(clip, tmp_path / "p", out=tmp_path / "parts", part_rows=4).folder
+    within = tmp_path / "idx" / "store" / "parts"
+    shutil.copytree(parts, within)
+    for name in ("part-00000.safetensors", "part-00001.safetensors"):
+        (within / name).write_bytes((parts / name).read_bytes()[:-50])
+    (within / "part-00001.json").unlink()
+    before = contents(parts)
+    index = pe.Index.build(parts, clip, tmp_path / "idx")
+    assert index.search(files[1], 1)[0].path == files[1]
+    assert contents(parts) == before
+
+    def killed(source: Path, target: Path) -> None:
+        Path(target).write_bytes(Path(source).read_bytes()[:10])
+        raise KeyboardInterrupt
+
+    def unlinked(*args: Path) -> None:
+        raise OSError("this disk has no links")
+
+    monkeypatch.setattr(os, "link", unlinked)
+    monkeypatch.setattr(shutil, "copyfile", killed)
+    with pytest.raises(KeyboardInterrupt):
+        pe.Index.build(parts, clip, tmp_path / "other")
+    assert contents(tmp_path / "other") == {}
+    monkeypatch.undo()
+    assert len(pe.Index.build(parts, clip, tmp_path / "other")) == 6
+
+
+def test_a_refused_model_leaves_no_trace(clip: pe.CLIP, tmp_path: Path) -> None:
+    pictures(tmp_path / "p", 2)
+    parts = pe.embed(clip, tmp_path / "p", out=tmp_path / "parts").folder
+    with pytest.raises(ConfigError, match="another model"):
+        pe.Index.build(parts, pe.load_clip("PE-Core-nano", device="cpu"), tmp_path / "idx")
+    assert not (tmp_path / "idx").exists()
+
+
+def test_what_a_finished_index_does_not_look_at(
+    clip: pe.CLIP, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The same budgets once more are no news; others are not dropped in silence, nor is another store."""
+    pictures(tmp_path / "p", 3)
+    out, built = tmp_path / "idx", {"kind": "flat", "max_memory": "1GB", "target_recall": 0.9}
+    pe.Index.build(tmp_path / "p", clip, out, **built)  # type: ignore[arg-type]
+    for same in ({}, built):
+        pe.Index.build(tmp_path / "p", clip, out, **same)  # type: ignore[arg-type]
+    assert "not looked at" not in caplog.text
+    pe.Index.build(tmp_path / "p", clip, out, kind="hnsw", max_memory="1GB", max_latency=0.5, queries=["a cat"])
+    assert "not looked at: kind, max_latency, queries; " in caplog.text
+    assert f"Index.open({str(out)!r}).optimize(" in caplog.text
+    facts = json.loads((out / "index.json").read_text())
+    (out / "index.json").write_text(json.dumps({**facts, "store": "lance"}))
+    with pytest.raises(ConfigError, match="holds an index in lance; store='faiss' needs another folder"):
+        pe.Index.build(tmp_path / "p", clip, out)
 
 
 def test_f104_parts_that_are_not_normalised(clip: pe.CLIP, tmp_path: Path) -> None:
@@ -346,6 +406,13 @@ def test_somebody_vouches_later(clip: pe.CLIP, tmp_path: Path) -> None:
     assert len(pe.Index.open(tmp_path / "idx", model=clip).search("a cat")) == 4
     with pytest.raises(ConfigError, match="need the model that made the vectors"):
         pe.Index.build(parts, None, tmp_path / "other", queries=["a cat"])
+
+
+def test_import_for_a_model_of_another_width(clip: pe.CLIP, tmp_path: Path) -> None:
+    np.save(tmp_path / "v.npy", np.ones((3, 4), "f4"))
+    with pytest.raises(ConfigError, match=r"v\.npy holds vectors of 4; the model given makes 12"):
+        import_vectors(tmp_path / "v.npy", tmp_path / "parts", model=clip)
+    assert not (tmp_path / "parts").exists()
 
 
 def test_f110_arrays_with_objects_in_them(tmp_path: Path) -> None:

@@ -228,6 +228,56 @@ def test_f105_too_few_to_train(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     assert list_count(300) * 39 <= 300
 
 
+def _held_in_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies of 1000 rows, one a search, in a form that takes memory on every machine."""
+    monkeypatch.setattr(versions, "BLOCK", 1000)
+    monkeypatch.setattr(exact, "LEAST", 100)
+    monkeypatch.setattr(exact, "AT_ONCE", 1)
+    monkeypatch.setattr(exact, "fastest", lambda *args: exact.Rounded)
+
+
+def test_measuring_ends_when_all_is_copied(rows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many rows there are, and however few of them a search copies."""
+    _held_in_8_bits(monkeypatch)
+    monkeypatch.setattr(building, "AT_ONCE", 2**12, raising=False)
+    looks, look = [], versions.Snapshot.exact
+
+    def counted(self: Any, queries: Tensor, *args: Any, **settings: Any) -> Any:
+        looks.append(len(queries))
+        return look(self, queries, *args, **settings)
+
+    monkeypatch.setattr(versions.Snapshot, "exact", counted)
+    store, report = build(tmp_path / "s", rows, "flat")
+    assert looks.count(1) == exact.PATIENCE + 5 + 1 + 5  # five blocks, one search that finds nothing to copy, timing
+    assert len(store.snapshot().copies._made) == 5
+    assert report["measured"]["seconds a query"] > 0
+
+
+def test_copies_count_as_memory(rows: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _held_in_8_bits(monkeypatch)
+    whole, spare = 4 * rows.numel(), 70_000
+    store, _ = build(tmp_path / "s", rows, "flat", max_memory=whole + spare)
+
+    def held(opened: FaissStore) -> int:
+        for _ in range(exact.PATIENCE + 8):
+            opened.search(rows[:1], 3)
+        return opened.snapshot().copies.bytes
+
+    assert 0 < held(store) <= spare
+    assert 0 < held(FaissStore(store.folder)) <= spare
+    store.add(["new"], torch.nn.functional.normalize(torch.ones(1, 24), dim=1))
+    assert 0 < held(store) <= spare - 4 * 24
+    store.optimize(kind="flat")
+    assert held(store) > spare
+    store.optimize(kind="flat", max_memory=whole + 4 * 24)
+    assert held(store) == 0
+    path = store.folder / "manifest.json"
+    data = json.loads(path.read_text())
+    del data["choice"]["limit"]  # as earlier releases wrote it
+    path.write_text(json.dumps(data))
+    assert held(FaissStore(store.folder)) > spare
+
+
 KINDS = ["flat", "ivf-flat", "ivf-sq8", "hnsw"]
 
 

@@ -442,6 +442,7 @@ def test_the_command_goes_stage_by_stage(
     assert "continuing at step 3 of 3" in caplog.text, "the first stage is read, not left out"
     assert (tmp_path / "out/text/metrics.jsonl").read_text() == done
     assert "image step=2" in caplog.text
+    assert "--image-steps 2 ends before pictures of 16 pixels, which come at step 2" in caplog.text
     saved = load_file(tmp_path / "out/PE-Core-nano/model.safetensors")
     assert {tensor.dtype for tensor in saved.values()} == {torch.float16}
 

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from perception.errors import CheckpointError, ConfigError, MediaError
+from perception.media import read_image
 from perception.pixels import PixelSpec
 from perception.training.state import KeepConfig
 from perception.training.trainer import Stopped
@@ -35,14 +36,14 @@ from perception_encoder.training.flops import tower_flops, vision_flops
 from perception_encoder.training.launch import make_trainer, rehearse, train
 from perception_encoder.training.nano import ImageStudent, NanoConfig
 from perception_encoder.training.optim import layer_groups, orthogonal, warmup_cosine
-from perception_encoder.training.pairs import FolderPairs, PairStream, RowPairs, TarPairs, open_pairs
+from perception_encoder.training.pairs import FolderPairs, PairStream, RowPairs, TarPairs, class_names, open_pairs
 from perception_encoder.training.probe import STRENGTHS, linear_probe
 from perception_encoder.training.probing import load_probe, probe
 from perception_encoder.training.probing import rehearse as rehearse_probe
 from perception_encoder.training.recipes import SelfDistillation, to_lang, to_spatial
 from perception_encoder.training.sparse import choose_patches, pool, sparse_tokens
 from perception_encoder.vision import VisionTransformer
-from perception_encoder.zoo import load_clip, load_encoder
+from perception_encoder.zoo import load_clip, load_encoder, save
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 200, 40), "blue": (30, 40, 220), "white": (240, 240, 240)}
 
@@ -272,6 +273,34 @@ def test_a_picture_that_cannot_be_read_is_replaced_and_counted(pictures: Path) -
     assert records(lenient)[0]["bad_rows"] == 1
 
 
+def test_bad_rows_of_labels_are_counted_like_others(pictures: Path) -> None:
+    """Texts that cannot be read: neither the list of labels nor a step ends at them, while `max_bad` allows them."""
+    (pictures / "red" / "1.txt").write_bytes(b"caf\xe9")
+    (pictures / "blue" / "2.txt").write_text(" \n")
+    found = FolderPairs(pictures)
+    assert class_names(found) == sorted(COLOURS)
+    bad = next(i for i in range(len(found)) if found.where(i).endswith(str(Path("red") / "1.png")))
+    with pytest.raises(MediaError, match=r"1\.txt is no UTF-8"):
+        found[bad]
+    run = make_run(pictures, "classify", batch=24, steps=1)
+    lenient = replace(run, data=replace(run.data, max_bad=0.1))
+    assert train(lenient, model=tower(), progress=False)
+    assert records(lenient)[0]["bad_rows"] == 2
+    for file in found.files:
+        file.with_suffix(".txt").write_text("")
+    with pytest.raises(MediaError, match=r"none of 24 rows has a label.*expected a caption"):
+        class_names(found)
+
+
+@pytest.mark.parametrize("name", ["a\0b.png", "round"])
+def test_a_path_that_is_none_is_a_bad_row(tmp_path: Path, name: str) -> None:
+    (tmp_path / "round").symlink_to("round")
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"image": name, "text": "a"}) + "\n")
+    pairs = open_pairs(PairsConfig(source=str(tmp_path / "rows.jsonl")))
+    with pytest.raises((MediaError, OSError)):
+        read_image(pairs[0].image)
+
+
 # --- runs ------------------------------------------------------------------------------------------------------------
 
 
@@ -310,6 +339,21 @@ def test_contrastive_training_learns_and_continues_exactly(pictures: Path) -> No
     whole, cut = weights(run.out), weights(part.out)
     assert all(torch.equal(whole[name], cut[name]) for name in whole)
     assert not torch.equal(whole["vision.project.weight"], small_clip().vision.project.weight)
+
+
+def test_the_model_handed_in_is_whole_again(pictures: Path, tmp_path: Path) -> None:
+    """Its scale is as learned: saved and loaded, it is the model of the run."""
+    model = small_clip()
+    run = make_run(pictures, steps=2)
+    rehearse(run, model=model)
+    assert "logit_scale" in model.state_dict()
+    stopped = replace(run, out=run.out + "2", stop_after=1e-9)
+    assert not train(stopped, model=model, progress=False)
+    assert "logit_scale" in model.state_dict()
+    assert train(run, model=model, progress=False)
+    save(model, tmp_path / "saved" / "model")
+    saved, wrote = weights(str(tmp_path / "saved")), weights(run.out)
+    assert all(torch.equal(saved[name], value) for name, value in wrote.items())
 
 
 def test_a_text_tower_that_is_left_out_stays(pictures: Path) -> None:
@@ -533,6 +577,8 @@ def test_a_probe_tells_colours_apart(pictures: Path) -> None:
     (Path(run.out) / "probe.json").write_text("{}")
     with pytest.raises(CheckpointError, match="holds no probe"):
         load_probe(run.out)
+    with pytest.raises(CheckpointError, match=r"no probe: it lacks probe\.json"):
+        load_probe(pictures)
 
 
 def test_a_probe_of_an_inner_layer_with_rows_of_its_own(pictures: Path, tmp_path: Path) -> None:
