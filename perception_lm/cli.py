@@ -1,5 +1,6 @@
 """The verbs of the language model: generate, chat, ground, estimate, train, export."""
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -307,7 +308,7 @@ def export(
 
     if format not in ("native", "original", "hf"):
         raise ConfigError(f"no format {format!r}; there are: native, original, hf")
-    if Path(model).is_dir() and find_checkpoint(model) is not None:
+    if os.path.isdir(model) and find_checkpoint(model) is not None:  # noqa: PTH112 -- a name may be too long for Path
         from perception.device import pick_dtype
         from perception_lm.training.export import load_checkpoint
 
@@ -331,7 +332,7 @@ def _facts(ckpt: str) -> tuple[Any, Any]:
     from perception_lm.config import PlmConfig
     from perception_lm.tokenizer import LlamaTokenizer
 
-    if not Path(ckpt).is_dir():
+    if not os.path.isdir(ckpt):  # noqa: PTH112 -- a name may be too long for Path
         known = zoo.describe(ckpt)
         return PlmConfig.from_dict(known["config"]), None
     found = open_folder(Path(ckpt))

@@ -45,11 +45,11 @@ def fast_decoder(decoder: Decoder, plan: Plan) -> "CudaDecoder":
     """The twin of a decoder that lies on a GPU. `plan` as `perception.optimize.optimize` makes it."""
     fast = CudaDecoder(decoder)
     if plan.quantize == "int4":
-        fast.round4()
+        fast.round4(None if plan.keep else decoder)
     elif plan.quantize:
         fast.settle(fast.products)
     if not plan.keep:
-        give_up(decoder, fast.products)
+        give_up(decoder, [*fast.products, fast.head])
     return fast
 
 
@@ -133,12 +133,18 @@ class CudaDecoder(FastPart):
             )
         return self._room(batch, capacity).cache(self, capacity)
 
-    def round4(self) -> None:
+    def round4(self, emptied: Decoder | None = None) -> None:
         """Four bits for the products of the blocks, and eight for the head where they do it no harm: it chooses among
-        close calls."""
+        close calls.
+
+        emptied  the plain decoder, whose blocks are given up one by one, so that both never fill the memory together;
+                 it stays whole when not given
+        """
         with torch.no_grad():
-            for block in self.blocks:
+            for index, block in enumerate(self.blocks):
                 block.round4()
+                if emptied is not None:
+                    give_up(emptied.blocks[index], block.products)
         self.settle([self.head])
 
     @property

@@ -32,6 +32,9 @@ def answer_loss(
     if hidden.shape[:-1] != labels.shape or hidden.shape[-1] != head_weight.shape[-1]:
         shapes = f"hidden {tuple(hidden.shape)}, labels {tuple(labels.shape)}, head {tuple(head_weight.shape)}"
         raise ValueError(f"{shapes}; expected ... E, ... and V E")
+    if not torch.is_grad_enabled():
+        # Or the sum would make gradients that nobody asks for: it sees that a tensor learns, not that this is off.
+        hidden, head_weight = hidden.detach(), head_weight.detach()
     learned = labels != IGNORE
     hidden, labels = hidden[learned], labels[learned]  # A E, A
     total = _CrossEntropy.apply(hidden, labels, head_weight, chunk)

@@ -22,7 +22,7 @@ from perception.rope import RopeScaling
 from perception_encoder import zoo as towers
 from perception_encoder.protocol import VisionEncoder
 from perception_encoder.vision import VisionTransformer
-from perception_lm.checkpoints import Format, Found, builder, export, open_folder, save
+from perception_lm.checkpoints import Format, Found, builder, export, open_folder, plm_pixels, save
 from perception_lm.config import DecoderConfig, MediaConfig, PlmConfig, ProjectorConfig
 from perception_lm.decoder import Decoder
 from perception_lm.model import PerceptionLM
@@ -123,13 +123,20 @@ def describe(name: str) -> dict[str, Any]:
     if name in _packaged():
         found = open_folder(_packaged()[name])
         config = cast(PlmConfig, found.config)
-        return {"name": name, "config": config.to_dict(), "parameters": count_parameters(config), "hub": None}
+        return {
+            "name": name,
+            "config": config.to_dict(),
+            "pixels": (found.pixels or plm_pixels(config.media)).to_dict(),
+            "parameters": count_parameters(config),
+            "hub": None,
+        }
     name = _short(name)
     entry = MODELS.get(name)
     parts = dict(zip(("decoder", "vision", "projector"), entry.parameters, strict=True))
     return {
         "name": name,
         "config": entry.config.to_dict(),
+        "pixels": plm_pixels(entry.config.media).to_dict(),
         "parameters": {**parts, "total": sum(entry.parameters)},
         "hub": entry.hub,
         "base": entry.base,
@@ -138,8 +145,12 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def catalogue(pattern: str = "*") -> list[dict[str, Any]]:
-    """One entry for every name that matches, in the form of `perception_encoder.zoo.describe`: what `perception models`
-    shows through the entry-point group `perception.models`."""
+    """One entry for every name that matches: what `perception models` shows through the entry-point group
+    `perception.models`.
+
+    An entry has the keys of `perception_encoder.zoo.describe`; `text` is None, as there is no text tower, and beside
+    them there is `decoder`.
+    """
     found = []
     for name in list_models(pattern):
         known = describe(name)
@@ -149,9 +160,12 @@ def catalogue(pattern: str = "*") -> list[dict[str, Any]]:
                 "kind": "lm",
                 "parameters": known["parameters"]["total"],
                 "vision": known["config"]["vision"],
+                "text": None,
                 "decoder": known["config"]["decoder"],
+                "pixels": known["pixels"],
+                "context": known["config"]["media"]["context"],
                 "licence": known.get("licence", "Apache-2.0"),  # the packaged models are this project's own
-                "weights": {"hub": known["hub"] or f"package://weights/{name}"},
+                "weights": {"hub": known["hub"]} if known["hub"] else {"native": f"package://weights/{name}"},
             }
         )
     return found
@@ -316,7 +330,7 @@ def _folder(name_or_path: str | Path, revision: str | None, offline: bool | None
             return _packaged()[name_or_path]
         if name_or_path in MODELS:
             name_or_path = f"hf://{MODELS.get(name_or_path).hub}"
-        elif "/" not in name_or_path and "\\" not in name_or_path and not Path(name_or_path).exists():
+        elif not {"/", "\\"} & set(name_or_path) and not os.path.exists(name_or_path):  # noqa: PTH110  a name may be too long for a Path
             MODELS.get(name_or_path)  # raises, with the names that are near
     # A snapshot is configs, tokenizers and safetensors: of a repository in two layouts, one is fetched.
     path = locate(name_or_path, revision=revision, offline=offline)

@@ -1,8 +1,11 @@
 """Several processes as one: started by `torchrun`, sharded by FSDP2, and able to stop together."""
 
 import atexit
+import contextlib
 import gc
+import itertools
 import os
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +20,9 @@ from perception.errors import ConfigError
 
 Sharding = Literal["auto", "none", "full", "hybrid"]
 Precision = Literal["fp32", "bf16"]
+LONGEST = 86_400.0  # seconds that the others wait for what the first process does alone at the end of a run
+DONE, ERROR = "done", "error"  # how the first process came to that end
+_groups = itertools.count()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,11 +113,18 @@ class World:
 def processes(config: EngineConfig) -> Iterator[World]:
     """The world that the environment describes, for as long as the block lasts.
 
-    Nobody leaves it before all have come to its end, unless with an error.
-    Raises ConfigError for a device that is not here.
+    Nobody leaves it before all have come to its end, unless with an error. The first may take a day longer than the
+    others, which is for what it alone writes when a run is done.
+    Raises ConfigError for a device that is not here and for shard="none" with several processes, RuntimeError in the
+    others when the first ends with an error.
     """
     size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
     rank = int(os.environ["RANK"]) if size > 1 else 0
+    if size > 1 and config.shard == "none":
+        raise ConfigError(
+            f"engine.shard is 'none', which is for one process, and {size} were started; "
+            "take 'auto', 'full' or 'hybrid'"
+        )
     name = config.device
     if size > 1 and name in ("auto", "cuda") and torch.cuda.is_available():
         name = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
@@ -131,12 +144,50 @@ def processes(config: EngineConfig) -> Iterator[World]:
     alone = {"store": torch.distributed.HashStore(), "rank": 0, "world_size": 1} if size == 1 else {}
     torch.distributed.init_process_group(backend, timeout=timedelta(seconds=config.timeout), **alone)
     world = World(rank, size, device, grouped)
+    # A group after this one may find the same store, where torchrun keeps it. Processes count their groups alike.
+    key = f"first of group {next(_groups)}"
     try:
-        yield world
+        try:
+            yield world
+        except BaseException:
+            if world.first:
+                with contextlib.suppress(Exception):  # a store that is gone tells the others, too
+                    _tell(key, ERROR)
+            raise
+        if world.first:
+            _tell(key, DONE)
+        else:
+            _wait(key)
         world.any(False)
         _end_threads_in_time(world)
     finally:
         torch.distributed.destroy_process_group()
+
+
+def _tell(key: str, how: str) -> None:
+    torch.distributed.distributed_c10d._get_default_store().set(key, how)
+
+
+def _wait(key: str) -> None:
+    """Until the first process has told how it came to the end.
+
+    By looking into the store, not with an operation of the group: those have the timeout of a step, and what the first
+    process writes alone may take longer, a large model to a slow disk. Raises RuntimeError when it ended with an error,
+    when it is gone, and after a day.
+    """
+    store = torch.distributed.distributed_c10d._get_default_store()
+    end, pause = time.monotonic() + LONGEST, 0.01
+    try:
+        while not store.check([key]):
+            if time.monotonic() > end:
+                raise RuntimeError(f"the first process did not come to the end of the run in {LONGEST:.0f} seconds")
+            time.sleep(pause)
+            pause = min(2 * pause, 1.0)
+        how = store.get(key).decode()
+    except torch.distributed.DistError as error:
+        raise RuntimeError("the first process is gone; its own error says why") from error
+    if how != DONE:
+        raise RuntimeError("the first process ended with an error, which it has told itself")
 
 
 def _end_threads_in_time(world: World) -> None:

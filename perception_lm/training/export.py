@@ -41,7 +41,7 @@ def load_checkpoint(path: str | Path, *, average: bool = True, dtype: torch.dtyp
     """The model in a checkpoint, or in a run's newest one, on the CPU and in evaluation mode.
 
     average  take the running average of the weights, where the run kept one
-    dtype    of the weights; as they were trained when not given
+    dtype    of the weights; float32 when not given
 
     Adapters are merged. Raises CheckpointError for a folder that holds none and for a checkpoint that is damaged,
     ConfigError for a model of foreign parts, which only the program that made it can put together.
@@ -84,6 +84,7 @@ def open_model(facts: dict[str, Any], where: Path) -> tuple[Assistant, nn.Module
         assistant = assemble(model.to_empty(device="cpu"), tokenizer, config.media, pixels)
     else:
         assistant = build_assistant(run, torch.device("cpu"))
+        assistant.model.float()  # what was learned is float32, and is put into it
     if run.lora is not None:
         from perception_lm.training.lora import add_lora
 

@@ -20,7 +20,7 @@ class Flops:
 
     def __init__(self, model: PerceptionLM):
         encoder, decoder, projector = (cast(Any, part) for part in (model.encoder, model.decoder, model.projector))
-        tower, bridge, text = map(_learns, (encoder, projector, decoder))
+        tower, bridge, text = map(learns, (encoder, projector, decoder))
         self.patch = encoder.patch_size
         self.item = (1 + 2 * tower) * 2 * _matrices(encoder) + (1 + tower + bridge) * 2 * _matrices(projector)
         self.item_squared = 0
@@ -44,7 +44,8 @@ class Flops:
         return total
 
 
-def _learns(part: nn.Module) -> bool:
+def learns(part: nn.Module) -> bool:
+    """Whether anything of a part learns."""
     return any(p.requires_grad for p in part.parameters())
 
 

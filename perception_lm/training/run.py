@@ -133,6 +133,9 @@ class LoraConfig:
     targets  regular expressions of module names, such as "decoder[.]blocks[.].*[.]attn[.][qv]"
     rank     of the two matrices beside each
     alpha    their product counts alpha / rank
+
+    Frozen weights keep the dtype of their files where engine.precision is "bf16"; otherwise they are float32, twice the
+    size of published ones. What learns is float32 in every run.
     """
 
     targets: tuple[str, ...]
@@ -172,6 +175,8 @@ class Run:
     def __post_init__(self) -> None:
         check_range("steps", self.steps, 1, 10**12)
         check_range("batch", self.batch, 1, 10**9)
+        check_range("log_every", self.log_every, 1, 10**9)
+        check_range("patience", self.patience, 1, 10**9)
         if not 0 <= self.schedule.warmup < self.steps:
             raise ConfigError(f"schedule.warmup={self.schedule.warmup}; expected 0 to less than steps={self.steps}")
 
@@ -235,7 +240,12 @@ def make_trainer(
         add_drop_path(cast(nn.Module, model.encoder), run.model.drop_path)
     found = find_sources(run.data, sources)
     data = _Data(run, assistant, found, world)
-    task = AnswerTask(model, checkpointing=run.engine.checkpointing, together=world.size > 1)
+    task = AnswerTask(
+        model,
+        checkpointing=run.engine.checkpointing,
+        together=world.size > 1,
+        tile=assistant.processor.media.tile,
+    )
     if run.engine.compile:
         for unit in units(model):
             unit.compile(dynamic=True)
@@ -312,9 +322,17 @@ def source_configs(data: DataConfig) -> dict[str, SourceConfig]:
 
 
 def _weights(data: DataConfig, sources: Mapping[str, Any]) -> list[float]:
-    """What the mix says, else the source's own, else its number of samples."""
+    """What the mix says, else the source's own; where nobody gives a weight, each source's number of samples.
+
+    Raises ConfigError when some have a weight and others have none: a share beside a million samples would be nothing.
+    """
     own = {name: config.weight for name, config in source_configs(data).items() if config.weight is not None}
-    return [data.mix.get(name, own.get(name, float(len(source)))) for name, source in sources.items()]
+    given = {**own, **data.mix}
+    if (without := [name for name in sources if name not in given]) and len(without) < len(sources):
+        raise ConfigError(
+            f"no weight for {', '.join(without)}, where other sources have one; give all of them, or none"
+        )
+    return [given.get(name, float(len(source))) for name, source in sources.items()]
 
 
 class _Data:

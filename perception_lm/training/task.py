@@ -16,7 +16,7 @@ from perception_lm.decoder import Decoder
 from perception_lm.losses import IGNORE, answer_loss
 from perception_lm.model import PerceptionLM, splice
 from perception_lm.training.examples import Pack
-from perception_lm.training.flops import Flops
+from perception_lm.training.flops import Flops, learns
 from perception_lm.training.packing import past_of
 
 
@@ -26,16 +26,23 @@ class AnswerTask(nn.Module):
     checkpointing  recompute each block in the backward pass
     together       several processes share the parameters: each pass goes through every part, with media or without
     chunk          positions whose logits exist at a time
+    tile           side of a picture; the tower's own when not given, for towers that say it in their config
 
     Raises ConfigError for packed passes through a decoder that is not ours.
     """
 
     def __init__(
-        self, model: PerceptionLM, *, checkpointing: bool = False, together: bool = False, chunk: int = 2048
+        self,
+        model: PerceptionLM,
+        *,
+        checkpointing: bool = False,
+        together: bool = False,
+        chunk: int = 2048,
+        tile: int | None = None,
     ) -> None:
         super().__init__()
         self.model = model
-        self.checkpointing, self.together, self.chunk = checkpointing, together, chunk
+        self.checkpointing, self.together, self.chunk, self.tile = checkpointing, together, chunk, tile
         self.flops = Flops(model)
         if checkpointing and isinstance(model.encoder, VisionTransformer):
             model.encoder.set_grad_checkpointing()
@@ -62,21 +69,27 @@ class AnswerTask(nn.Module):
         pixels = pack.pixels
         slots = pack.tokens == self.model.media_token
         if pixels is None or not len(pixels):
-            if not self.together:
+            if not self.together and not self._only_media_learns():
                 return text
-            # Every process goes through the tower, or one would wait for the others for ever.
-            tile = cast(Any, self.model.encoder).config.image_size
+            # Every process goes through the tower, or one would wait for the others for ever; and where nothing else
+            # learns, text alone would leave the backward pass without a graph.
+            tile = self.tile or cast(Any, self.model.encoder).config.image_size
             media = self._encode(torch.zeros(1, 3, tile, tile), text)
             return text + 0 * media.sum()
         return splice(text, self._encode(pixels, text), slots)
 
+    def _only_media_learns(self) -> bool:
+        """Whether gradients are wanted, and by nothing behind the slots."""
+        before = any(learns(cast(nn.Module, part)) for part in (self.model.encoder, self.model.projector))
+        return torch.is_grad_enabled() and before and not learns(cast(nn.Module, self.model.decoder))
+
     def _encode(self, pixels: Tensor, like: Tensor) -> Tensor:
         """M 3 S S -> M n E. A tower that does not learn keeps nothing for the backward pass."""
         tower, projector = self.model.encoder, cast(Any, self.model.projector)
-        learns = any(p.requires_grad for p in cast(nn.Module, tower).parameters())
+        moves = learns(cast(nn.Module, tower))
         parts = []
         for part in pixels.split(self.model.media_chunk or len(pixels)):
-            with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            with torch.set_grad_enabled(moves and torch.is_grad_enabled()):
                 patches = tower(part.to(like.device, like.dtype)).patches
             parts.append(projector(patches))
         return torch.cat(parts)

@@ -4,7 +4,9 @@ import json
 import logging
 import os
 import pickle
+import re
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -407,6 +409,54 @@ def test_devices_that_are_not_here() -> None:
         pass
     with pytest.raises(ConfigError, match="precision"):
         read_settings(EngineConfig, {"precision": "fp8"}, "engine")
+
+
+def test_one_process_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    wrong = processes(EngineConfig(device="cpu", shard="none"))
+    with pytest.raises(ConfigError, match="and 2 were started; take 'auto', 'full' or 'hybrid'"), wrong:
+        pass
+
+
+# Forked when torch is there already, so that both come to the group well within the timeout.
+WAITING = """
+import os, sys, time
+from perception.training.distributed import EngineConfig, processes
+
+rank = 1 if (child := os.fork()) == 0 else 0
+os.environ.update(RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=sys.argv[1])
+said = "left"
+try:
+    for _ in range(2):  # groups that come after each other
+        with processes(EngineConfig(device="cpu", timeout=2.0, threads=1)) as world:
+            if world.first:
+                time.sleep(4)
+                if sys.argv[2] == "error":
+                    raise OSError("the disk is full")
+except Exception as error:
+    said = f"{type(error).__name__}: {error}"
+if rank == 0:
+    os.waitpid(child, 0)
+print(rank, said, flush=True)
+os._exit(0)
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the two processes are forked")
+@pytest.mark.parametrize(
+    ("how", "wanted"),
+    [("well", "1 left\n0 left\n"), ("error", "1 RuntimeError: the first process .*\n0 OSError: the disk is full\n")],
+)
+def test_the_others_wait_while_the_first_writes(how: str, wanted: str) -> None:
+    """Longer than a process may be silent, as a large model may take to a slow disk; not when it failed."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", WAITING, port, how]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+    assert re.fullmatch(wanted, done.stdout), done.stdout + done.stderr
 
 
 ENDING = """

@@ -379,7 +379,7 @@ def same_logits(compiled: Decoder, plain: Decoder, lengths: tuple[int, ...] = (6
 
 @torch.inference_mode()
 def test_a_decoder_compiles_whole() -> None:
-    """Without a break in the graph, one graph for many lengths; eagerly, so that no compiler is needed."""
+    """Without a break in the graph, at several lengths; eagerly, so that no compiler is needed."""
     torch.compiler.reset()
     plain, compiled = middle()[0], middle()[0]
     compiled.compile(fullgraph=True, backend="eager")

@@ -360,9 +360,30 @@ def test_four_bits(twins: None) -> None:
     assert fast.head.code == "int8"
     got = fast(x)
     assert 0.999 < torch.nn.functional.cosine_similarity(got, rounded(x), dim=-1).min() < 0.9999999
-    again = fast_decoder(decoder, Plan("int4", keep=False))
-    assert torch.equal(again(x), got)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_four_bits_of_a_model_given_up(tied: bool, twins: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Block by block, and the head, so that no weight is held twice; the embedding stays, tied or not."""
+    decoder = decoder_of(width=64, heads=4, kv_heads=2, head_dim=16, mlp_width=128, vocab=688, tied=tied)
+    x = decoder.embed(text(1, 20))
+    wanted = fast_decoder(copy.deepcopy(decoder), Plan("int4"))(x)
+    left: list[list[int]] = []
+    round_block = fast_cuda.CudaBlock.round4
+
+    def watched(block: Any) -> None:
+        left.append([sum(p.numel() for p in plain.parameters()) for plain in decoder.blocks])
+        round_block(block)
+
+    monkeypatch.setattr(fast_cuda.CudaBlock, "round4", watched)
+    whole = sum(p.numel() for p in decoder.blocks[0].parameters())
+    fast = fast_decoder(decoder, Plan("int4", keep=False))
+    assert left == [[whole, whole], [0, whole]]
     assert not any(parameter.numel() for parameter in decoder.parameters())
+    assert fast.head.code == "int8"
+    assert fast.head.weight.numel() == 0
+    assert torch.equal(fast(x), wanted)
+    assert torch.equal(fast.embed(text(1, 20)), x)
 
 
 def test_four_bits_where_no_group_divides_the_inputs(twins: None) -> None:

@@ -41,6 +41,21 @@ def test_no_row_of_logits_more_than_a_chunk(monkeypatch: pytest.MonkeyPatch) -> 
     assert rows == [10, 10, 3]  # each once: gradients are made while the logits exist
 
 
+def test_no_gradients_where_none_are_asked_for() -> None:
+    """A validation pass over a head that learns costs its logits alone."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    hidden, head = (torch.randn(n, 4, dtype=torch.bfloat16, requires_grad=True) for n in (12, 9))
+    labels = torch.arange(12) % 9
+    costs = []
+    for asked in (True, False):
+        with torch.set_grad_enabled(asked), FlopCounterMode(display=False) as counter:
+            found = answer_loss(hidden, labels, head, chunk=5)
+        costs.append(counter.get_total_flops())
+        assert found.requires_grad == asked
+    assert costs[0] > costs[1] == 2 * 12 * 4 * 9
+
+
 def test_nothing_learned_is_zero_and_not_nan() -> None:
     """F-125. The gradient is zero, and there."""
     hidden, head = torch.randn(2, 5, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)

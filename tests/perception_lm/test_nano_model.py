@@ -18,6 +18,7 @@ from perception.errors import ConfigError
 from perception_encoder.zoo import load_encoder
 from perception_lm.samples import samples
 from perception_lm.tokenizer import SPECIAL, read_ranks
+from perception_lm.training.nano import __main__ as nano
 from perception_lm.training.nano.__main__ import STAGES, finish, stage
 from perception_lm.training.nano.build import DECODER, KEPT, language_tower
 from perception_lm.training.nano.mixture import Mixture
@@ -31,8 +32,6 @@ FOLDER = ROOT / "perception_lm" / "weights" / "PLM-nano"
 
 @pytest.fixture(scope="module")
 def assistant() -> plm.Assistant:
-    if not (FOLDER / "config.json").is_file():
-        pytest.skip("PLM-nano's weights are not in this checkout")
     patch = pytest.MonkeyPatch()
     patch.setattr(socket.socket, "connect", lambda *a: pytest.fail("the network was touched"))
     found = plm.load("PLM-nano", device="cpu", offline=True)
@@ -40,8 +39,11 @@ def assistant() -> plm.Assistant:
     return found
 
 
-def test_it_is_small_and_whole(assistant: plm.Assistant) -> None:
+def test_it_is_there() -> None:
     assert "PLM-nano" in plm.list_models()
+
+
+def test_it_is_small_and_whole(assistant: plm.Assistant) -> None:
     parameters = sum(p.numel() for p in assistant.model.parameters())
     assert 2e6 < parameters < 10e6
     assert (FOLDER / "model.safetensors").stat().st_size < 24e6
@@ -60,13 +62,17 @@ def test_its_tokenizer_is_in_the_published_format(assistant: plm.Assistant) -> N
     assert len(tokenizer.encode("LUMBER")) == 6
 
 
-def test_a_picture_is_sixteen_tokens(assistant: plm.Assistant) -> None:
+def test_a_picture_is_as_many_tokens_as_its_projector_leaves(assistant: plm.Assistant) -> None:
+    """One for each square of `pool` by `pool` patches, in every frame of a clip, too."""
+    vision, media = assistant.model.encoder.config, assistant.processor.media
+    tokens = (media.tile // vision.patch_size // assistant.model.projector.pool) ** 2
+    assert (media.tile, vision.patch_size, media.frames) == (64, 8, 4)
     path = samples()["scene"]["path"]
     (found,) = assistant.processor.estimate([[{"role": "user", "content": [{"type": "image", "image": path}]}]])
-    assert found.slots == 16
+    assert found.slots == tokens
     clip = samples()["clip"]["path"]
     (found,) = assistant.processor.estimate([[{"role": "user", "content": [{"type": "video", "video": clip}]}]])
-    assert found.slots == 64
+    assert found.slots == 4 * tokens
 
 
 def test_it_answers_what_it_learned(assistant: plm.Assistant) -> None:
@@ -111,6 +117,38 @@ def test_run_files(name: str, tmp_path: Path) -> None:
         SOURCES.get("nano/mixture")(weights={"shapes": 1.0}, split="all")
 
 
+def test_the_start_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the first of several processes; the others wait until it is there."""
+    made: list[int] = []
+    monkeypatch.setattr(nano, "build_start", lambda *_: made.append(1))
+    nano.begin(tmp_path, tmp_path, "PE-Core-nano", 0)
+    assert made == [1]
+
+    def meanwhile(seconds: float) -> None:
+        (tmp_path / "start").mkdir()
+        (tmp_path / "start" / "config.json").touch()
+
+    monkeypatch.setattr(nano.time, "sleep", meanwhile)
+    nano.begin(tmp_path, tmp_path, "PE-Core-nano", 1)
+    assert made == [1]
+    monkeypatch.setattr(nano, "LONGEST", -1.0)
+    with pytest.raises(TimeoutError, match="the first process"):
+        nano.begin(tmp_path / "other", tmp_path, "PE-Core-nano", 1)
+
+
+def test_one_process_gives_the_model_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Path] = []
+    monkeypatch.setattr(nano, "begin", lambda *_: None)
+    monkeypatch.setattr(nano, "finish", lambda trained, folder: given.append(folder))
+    for name in STAGES:
+        (tmp_path / name / "model").mkdir(parents=True)
+        (tmp_path / name / "model" / "config.json").touch()
+    for rank in ("1", "0"):
+        monkeypatch.setenv("RANK", rank)
+        assert nano.main(["--out", str(tmp_path)]) == 0
+    assert given == [tmp_path / "PLM-nano"]
+
+
 def test_a_stage_learns_and_is_given_away(tmp_path: Path, assistant: plm.Assistant) -> None:
     from perception_lm.training.launch import train
 
@@ -151,7 +189,7 @@ def test_the_walkthrough_is_one_page() -> None:
 
 @pytest.fixture(scope="module")
 def unlearned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of PLM-nano's kind that knows nothing, so that the walkthrough runs where the weights are not."""
+    """A model of PLM-nano's kind that knows nothing: two steps are not to depend on what it knew."""
     folder = tmp_path_factory.mktemp("unlearned")
     tiny_assistant().save(folder)
     return folder
@@ -159,7 +197,7 @@ def unlearned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("name", ["reports", "lora"])
 def test_the_walkthrough_runs(tmp_path: Path, unlearned: Path, name: str) -> None:
-    """Every step of it, briefly; it goes on where it was when it is started again."""
+    """Every step of it, briefly."""
     said = walk(tmp_path, name, f"model.init={unlearned}", "steps=2", "schedule.warmup=1", "batch=2", "keep.steps=1")
     assert re.findall(r"^(before|after|exported and loaded again): 0 of (\d+) right", said, re.MULTILINE) == [
         ("before", "200"), ("after", "200"), ("exported and loaded again", "20"),
@@ -173,8 +211,6 @@ def test_the_walkthrough_runs(tmp_path: Path, unlearned: Path, name: str) -> Non
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", ["reports", "lora"])
 def test_the_walkthrough_teaches(tmp_path: Path, name: str) -> None:
-    if not (FOLDER / "config.json").is_file():
-        pytest.skip("PLM-nano's weights are not in this checkout")
     said = walk(tmp_path, name, timeout=1700)
     before, after, exported = (
         int(right) / int(n)

@@ -7,6 +7,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +44,7 @@ from perception_lm.training.flops import Flops
 from perception_lm.training.freeze import learn_only
 from perception_lm.training.lora import add_lora, apply_adapter, merge, targets
 from perception_lm.training.rows import read_row
-from perception_lm.training.run import DataConfig, LoraConfig, ModelConfig, Run, ScheduleConfig
+from perception_lm.training.run import DataConfig, LoraConfig, ModelConfig, Run, ScheduleConfig, _weights
 from perception_lm.training.sources import SourceConfig
 from perception_lm.training.task import AnswerTask
 from perception_lm.training.tower import DropPath, add_drop_path
@@ -118,6 +120,53 @@ def test_text_goes_through_every_part_where_parts_are_shared() -> None:
     for part in (assistant.model.projector.fc1.weight, assistant.model.encoder.patch_embed.weight):
         assert part.grad is not None
         assert not part.grad.any()
+
+
+def test_text_teaches_nothing_where_the_decoder_is_frozen() -> None:
+    """Alone in a pass it would have no graph to go back through. The loss is that of the text, every gradient zero."""
+    assistant = tiny_assistant()
+    pack = join([Examples(processor=assistant.processor, seq_len=160)(read_row({"conversations": turns("yes")}))])
+    task = AnswerTask(assistant.model)
+    wanted = task(pack).total.item()
+    for parts in (("projector",), ("encoder",), ("encoder", "projector")):
+        learned = learn_only(assistant.model, parts)
+        task.zero_grad()
+        total = task(pack).total
+        total.backward()
+        assert total.item() == wanted
+        assert not any(p.grad.any() for n, p in assistant.model.named_parameters() if n in learned)
+        with torch.no_grad(), no_picture(assistant):
+            assert task(pack).total.item() == wanted
+
+
+@contextmanager
+def no_picture(assistant: plm.Assistant) -> Iterator[None]:
+    """Nothing goes through the tower."""
+    tower = assistant.model.encoder
+    handle = tower.register_forward_pre_hook(lambda *_: pytest.fail("a picture went through the tower"))
+    yield
+    handle.remove()
+
+
+class Foreign(nn.Module):
+    """A tower that does not say the size of its pictures, as those of other libraries."""
+
+    def __init__(self, tower: Any):
+        super().__init__()
+        self.inner, self.width, self.patch_size = tower, tower.width, tower.patch_size
+
+    def forward(self, pixels: torch.Tensor) -> Any:
+        return self.inner(pixels)
+
+
+def test_text_through_a_tower_of_another_library(tmp_path: Path) -> None:
+    assistant = tiny_assistant()
+    pack = join([Examples(processor=assistant.processor, seq_len=160)(read_row({"conversations": turns("yes")}))])
+    wanted = AnswerTask(assistant.model)(pack).total.item()
+    assistant.model.encoder = Foreign(assistant.model.encoder)
+    assert AnswerTask(assistant.model, together=True, tile=24)(pack).total.item() == wanted
+    task = make_trainer(tiny_run(tmp_path), assistant=assistant, sources={"colours": Colours()}).task
+    assert task.tile == assistant.processor.media.tile == 24
 
 
 @pytest.mark.parametrize("engine", [{"precision": "bf16"}, {"shard": "full", "checkpointing": True}])
@@ -286,7 +335,7 @@ def test_operations_are_counted() -> None:
         assert flops.squared * n * n == 3 * 4 * 48 * 2 * n * n / 2
         assert flops.item_squared == (3 if "encoder" in parts else 1) * 4 * 24 * 2
         flops.squared = flops.item_squared = 0
-        # The class token is left out; the head is computed twice, which counts once.
+        # Ours leave out the class token, torch's the gradient of the head, which is added in place.
         assert flops(pack) == pytest.approx(counter.get_total_flops(), rel=0.08)
 
 
@@ -316,7 +365,8 @@ def test_run_files_of_the_published_stages() -> None:
     assert load_run("plm_1b_stage1").model.depth == 23
     assert (load_run("plm_8b_stage1").model.depth, load_run("plm_8b_stage1").model.plain_rope) == (47, True)
     assert load_run("plm_1b_stage2", ["model.pool=1", "out=x"]).model.pool == 1
-    for override in ("steps=0", "batch=0", "schedule.warmup=21000", "data.max_bad=2", "data.tokens=5"):
+    numbers = ("steps=0", "batch=0", "log_every=0", "patience=0")
+    for override in (*numbers, "schedule.warmup=21000", "data.max_bad=2", "data.tokens=5"):
         with pytest.raises(ConfigError):
             load_run("plm_1b_stage3", [override])
     with pytest.raises(ConfigError, match="no run file"):
@@ -374,8 +424,9 @@ def test_an_adapter_is_learned_saved_loaded_and_merged(tmp_path: Path, frozen: b
     assert len(losses(run.out)) == 5
 
 
+@pytest.mark.parametrize("save_frozen", [True, False])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_learns_beside_adapters_is_float32(tmp_path: Path, precision: Any) -> None:
+def test_what_learns_beside_adapters_is_float32(tmp_path: Path, precision: Any, save_frozen: bool) -> None:
     """Published weights are bf16: frozen they may stay so, where passes are; steps are too small for what learns."""
     pytest.importorskip("peft")
     base = tiny_assistant()
@@ -387,6 +438,8 @@ def test_what_learns_beside_adapters_is_float32(tmp_path: Path, precision: Any) 
         model=ModelConfig(init=str(tmp_path / "base"), learn=("projector",)),
         lora=LORA,
         engine=EngineConfig(precision=precision),
+        save_frozen=save_frozen,
+        export=("native",),
     )
     made = make_trainer(run, sources={"colours": Colours()})
     assert {p.dtype for p in made.learned.values()} == {torch.float32}
@@ -394,8 +447,15 @@ def test_what_learns_beside_adapters_is_float32(tmp_path: Path, precision: Any) 
     assert frozen == {torch.bfloat16 if precision == "bf16" else torch.float32}
     assert train(run, sources={"colours": Colours()})
     found = load_checkpoint(run.out).model
-    assert found.projector.fc1.weight.dtype == torch.float32
-    assert not torch.equal(found.projector.fc1.weight, base.model.projector.fc1.weight.float())
+    learned = found.projector.fc1.weight
+    assert {p.dtype for p in found.parameters()} == {torch.float32}
+    assert not torch.equal(learned, base.model.projector.fc1.weight.float())
+    assert not torch.equal(learned, learned.bfloat16().float()), "it was rounded on the way"
+    merged = found.decoder.blocks[0].attn.q.weight
+    assert not torch.equal(merged, merged.bfloat16().float())
+    adapted = plm.load(tmp_path / "run" / "adapter", dtype="float32").model
+    torch.testing.assert_close(adapted.decoder.blocks[0].attn.q.weight, merged, rtol=1e-6, atol=1e-7)
+    assert torch.equal(plm.load(tmp_path / "run" / "model", dtype="stored").model.projector.fc1.weight, learned)
 
 
 def test_adapters_beside_a_torchvision_that_cannot_be_loaded(tmp_path: Path) -> None:
@@ -581,3 +641,13 @@ sources.rows = {{ rows = "{rows}" }}
     assert torch.equal(plm.load(tmp_path / "hf").model.projector.fc1.weight, trained.model.projector.fc1.weight)
     assert "plm_1b_stage1" in call(build(), ["train", "--list"], catch_exceptions=False).stdout
     assert call(build(), ["train", str(file), "stepz=3"]).exit_code == 1
+
+
+def test_weights_of_some_sources_alone_are_refused() -> None:
+    """One that has a weight of 3 beside one that counts as its million samples would never be seen."""
+    data = DataConfig(sources={"a": SourceConfig(rows="a", weight=3.0), "b": SourceConfig(rows="b")})
+    with pytest.raises(ConfigError, match="no weight for b, where other sources have one"):
+        _weights(data, {"a": [1, 2], "b": [1] * 5})
+    assert _weights(replace(data, mix={"b": 2.0}), {"a": [1, 2], "b": [1] * 5}) == [3.0, 2.0]
+    none = DataConfig(sources={"a": SourceConfig(rows="a"), "b": SourceConfig(rows="b")})
+    assert _weights(none, {"a": [1, 2], "b": [1] * 5}) == [2.0, 5.0]

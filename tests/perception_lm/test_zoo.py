@@ -66,6 +66,20 @@ def test_published_models_are_described() -> None:
         describe("perception-lm-2b")
     with pytest.raises(LookupError, match="no language model named 'Perception-LM-2B'"):
         load("Perception-LM-2B")
+    with pytest.raises(LookupError, match="no language model named 'xxx"):
+        load("x" * 300)  # no file system takes so long a name, and none is asked to
+
+
+def test_a_catalogue_is_one_for_all_kinds() -> None:
+    """Rows of language models have what rows of towers have."""
+    rows = {row["name"]: row for row in [*zoo.catalogue(), *pe.zoo.catalogue("PE-*")]}
+    lm, tower = rows["Perception-LM-1B"], rows["PE-Core-L14-336"]
+    assert set(tower) < set(lm)
+    assert set(rows["PLM-nano"]) == set(lm)
+    assert lm["weights"] == {"hub": "facebook/Perception-LM-1B"}
+    assert rows["PLM-nano"]["weights"] == {"native": "package://weights/PLM-nano"}
+    assert rows["PE-Core-nano"]["weights"] == {"native": "package://weights/PE-Core-nano"}
+    assert (lm["pixels"]["size"], lm["context"], rows["PLM-nano"]["pixels"]["size"]) == (448, 11_520, 64)
 
 
 def test_memory_is_estimated_from_the_config() -> None:

@@ -4,11 +4,14 @@ python -m perception_encoder.training.drawings --out runs/data     # once: emoji
 python -m perception_lm.training.nano --data runs/data --out runs/plm_nano
 
 Each stage is a run file of its own (`perception train nano_stage2`); this fills in the folders and hands one stage's
-model to the next. SIGTERM and SIGINT save first.
+model to the next. SIGTERM and SIGINT save first. Under torchrun the first process alone makes what training starts from
+and what it ends with.
 """
 
 import argparse
 import logging
+import os
+import time
 from pathlib import Path
 
 import torch
@@ -21,6 +24,7 @@ from perception_lm.zoo import load
 log = logging.getLogger(__name__)
 STAGES = ("stage1", "stage2", "stage3")
 NAME = "PLM-nano"
+LONGEST = 3600.0  # seconds that the other processes wait for the start
 
 
 def stage(name: str, data: Path, out: Path, overrides: tuple[str, ...] = ()) -> Run:
@@ -30,6 +34,21 @@ def stage(name: str, data: Path, out: Path, overrides: tuple[str, ...] = ()) -> 
     folders = [f"out={out / name}", f"model.init={before}"]
     folders += [f"data.sources.{source}.options.data={data}" for source in plain.data.sources]
     return load_run(f"nano_{name}", [*folders, *overrides])
+
+
+def begin(out: Path, data: Path, tower: str | Path, rank: int) -> None:
+    """What training starts from: made by the first process, and waited for by the others.
+
+    Raises what `build_start` raises, TimeoutError when there is no start after an hour.
+    """
+    if rank == 0:
+        build_start(out, data, tower)
+        return
+    ready, end = out / "start" / "config.json", time.monotonic() + LONGEST  # once it is there, so is the rest
+    while not ready.is_file():
+        if time.monotonic() > end:
+            raise TimeoutError(f"no {ready} after {LONGEST:.0f} seconds; the first process, which makes it, says why")
+        time.sleep(0.2)
 
 
 def finish(trained: Path, folder: Path) -> None:
@@ -53,7 +72,8 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if options.threads:
         torch.set_num_threads(options.threads)
-    build_start(options.out, options.data, options.tower)
+    rank = int(os.environ.get("RANK", "0"))
+    begin(options.out, options.data, options.tower, rank)
     for name in STAGES:
         if name not in options.stages or (options.out / name / "model" / "config.json").is_file():
             continue
@@ -61,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
         if not train(stage(name, options.data, options.out, tuple(options.overrides))):
             return 1
     last = options.out / STAGES[-1] / "model"
-    if last.is_dir():
+    if rank == 0 and last.is_dir():
         finish(last, options.out / NAME)
         log.info("saved %s", options.out / NAME)
     return 0

@@ -23,8 +23,8 @@ from perception_lm.training.nano.tokens import corpus, train_ranks
 from perception_lm.training.nano.world import SIDE
 
 KEPT = 5  # of PE-Core-nano's six blocks: the published towers of language models lack the last ones too
-# Published models take the mean of 2 x 2 patches. Of the 16 tokens that leaves of 64 patches, none is a letter or a small
-# shape any more, and 64 tokens cost a third more time.
+# Published models take the mean of 2 x 2 patches. Here that would leave 16 tokens of 16 x 16 pixels, each a blur of
+# several letters; all 64 cost a third more time.
 POOL = 1
 DECODER = DecoderConfig(
     width=192, depth=4, heads=3, kv_heads=3, mlp_width=512, vocab=2304, rope_theta=10_000.0, tied=True, context=1024
