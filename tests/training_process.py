@@ -20,7 +20,7 @@ from perception_lm.training.launch import train
 def main(out: str, settings: str) -> None:
     torch.set_num_threads(1)
     given = json.loads(settings)
-    die_at = given.pop("die_at", None)
+    die_at, media_chunk = given.pop("die_at", None), given.pop("media_chunk", 8)
     engine = read_settings(EngineConfig, given.pop("engine", {}), "engine")
     given["keep"] = read_settings(KeepConfig, given.get("keep", {}), "keep")
 
@@ -31,7 +31,9 @@ def main(out: str, settings: str) -> None:
             os._exit(3)
 
     run = tiny_run(Path(out), engine=engine, **given)
-    done = train(run, assistant=tiny_assistant(), sources={"colours": Colours()}, after_step=after_step)
+    assistant = tiny_assistant()
+    assistant.model.media_chunk = media_chunk
+    done = train(run, assistant=assistant, sources={"colours": Colours()}, after_step=after_step)
     sys.stdout.write("done\n" if done else "stopped\n")
 
 

@@ -87,8 +87,10 @@ class AnswerTask(nn.Module):
         """M 3 S S -> M n E. A tower that does not learn keeps nothing for the backward pass."""
         tower, projector = self.model.encoder, cast(Any, self.model.projector)
         moves = learns(cast(nn.Module, tower))
+        # Processes that share parameters meet at every call of a block: all make one, however many media each has.
+        chunk = 0 if self.together else self.model.media_chunk
         parts = []
-        for part in pixels.split(self.model.media_chunk or len(pixels)):
+        for part in pixels.split(chunk or len(pixels)):
             with torch.set_grad_enabled(moves and torch.is_grad_enabled()):
                 patches = tower(part.to(like.device, like.dtype)).patches
             parts.append(projector(patches))

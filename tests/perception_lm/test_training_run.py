@@ -540,11 +540,14 @@ def finish(processes: list[subprocess.Popen[str]], timeout: float = 200) -> list
 
 
 def test_f121_two_processes_as_one(tmp_path: Path) -> None:
-    """The same curve; saved by two, continued by one; saved by one, continued by two."""
+    """The same curve; saved by two, continued by one; saved by one, continued by two.
+
+    One has more pictures than the other, and more than go through the tower at a time elsewhere: they meet all the same.
+    """
     assert run_here(tiny_run(tmp_path / "one", steps=4))
     wanted = losses(tmp_path / "one")
     assert run_here(tiny_run(tmp_path / "mixed", steps=1))
-    ended = finish(start(tmp_path / "mixed", ranks=2, steps=3))
+    ended = finish(start(tmp_path / "mixed", ranks=2, steps=3, media_chunk=1))
     assert [code for code, _ in ended] == [0, 0], ended
     assert Checkpoints(tmp_path / "mixed" / "checkpoints").steps()[-1] == 3
     assert run_here(tiny_run(tmp_path / "mixed", steps=4))
