@@ -542,7 +542,7 @@ def finish(processes: list[subprocess.Popen[str]], timeout: float = 200) -> list
 def test_f121_two_processes_as_one(tmp_path: Path) -> None:
     """The same curve; saved by two, continued by one; saved by one, continued by two.
 
-    One has more pictures than the other, and more than go through the tower at a time elsewhere: they meet all the same.
+    One has more pictures than the other, and more than go through the tower at a time elsewhere: they still meet.
     """
     assert run_here(tiny_run(tmp_path / "one", steps=4))
     wanted = losses(tmp_path / "one")
