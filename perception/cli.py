@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from perception.errors import PerceptionError
+from perception.errors import LimitError, PerceptionError
 
 GROUP = "perception.commands"
 INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h: a fault of ours, not of the input
@@ -31,13 +31,17 @@ def build() -> typer.Typer:
     app.callback()(_version)
     app.command("doctor")(doctor)
     for found in sorted(entry_points(group=GROUP), key=lambda e: e.name):
-        register: Callable[[typer.Typer], None] = found.load()
+        try:
+            register: Callable[[typer.Typer], None] = found.load()
+        except Exception as error:  # the others still work, `doctor` among them, which says what is broken
+            note(f"without the verbs of {found.value}, which does not load: {error}; see `perception doctor`")
+            continue
         register(app)
     return app
 
 
 def main() -> None:
-    """Run the command. Every error is one line on stderr: exit 1 for input, 2 for usage, 70 for a fault of ours."""
+    """Run the command. Every error is one line on stderr: exit 1 for input or memory, 2 for usage, 70 for our fault."""
     try:
         build()(prog_name="perception")
     except (PerceptionError, ValueError, LookupError, TypeError, OSError) as error:
@@ -106,6 +110,10 @@ def _version(
 def _fail(error: BaseException, code: int) -> None:
     if os.environ.get("PERCEPTION_DEBUG"):
         raise error
+    # torch's own is told by its name: importing torch here would cost every command a second.
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        why = next(iter(str(error).splitlines()), "") or type(error).__name__
+        error, code = LimitError(f"out of memory; try a smaller --batch-size or another --device ({why})"), 1
     kind = "error" if code == 1 else f"internal error ({type(error).__name__})"
     detail = error.args[0] if isinstance(error, KeyError) and error.args else error
     note(f"{kind}: {detail}")

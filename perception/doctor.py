@@ -108,9 +108,12 @@ def _core() -> list[Check]:
 
 
 def _devices() -> list[Check]:
-    import torch
+    try:
+        import torch
 
-    from perception.device import available_devices
+        from perception.device import available_devices
+    except Exception as error:  # a torch that does not load is what this report is asked about
+        return [Check("devices", "torch", False, _first_line(error), "pip install --force-reinstall torch")]
 
     names = {d: torch.cuda.get_device_name(d) if d.startswith("cuda") else "" for d in available_devices()}
     threads = f"{torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"

@@ -3,12 +3,14 @@
 import hashlib
 import os
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 TEMPORARY = ".perception-tmp-"
+_UMASK = threading.Lock()
 
 
 @contextmanager
@@ -58,7 +60,9 @@ def sha256_of(path: str | Path) -> str:
 
 
 def _umask() -> int:
-    # The only way to read it is to set it.
-    mask = os.umask(0o022)
-    os.umask(mask)
+    # The only way to read it is to set it. It is the whole process's: of two threads in between, one would read and
+    # put back what the other has set.
+    with _UMASK:
+        mask = os.umask(0o022)
+        os.umask(mask)
     return mask

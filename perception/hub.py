@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,9 @@ from perception.files import sha256_of
 
 # What a snapshot of a whole repository fetches: configs, tokenizers and safetensors, never a pickle.
 SNAPSHOT = ("*.json", "*.safetensors", "tokenizer.model", "*.tiktoken")
+# The models of `config.json` that are read with a tokenizer of their own, and the files it can be.
+LANGUAGE = ("perception_lm", "llama")
+WORDS = ("tokenizer.json", "tokenizer.model", "*.tiktoken", "original/tokenizer.model")
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]*[A-Za-z0-9_])?"
 _REVISION = r"[A-Za-z0-9_](?:[A-Za-z0-9._/-]*[A-Za-z0-9_])?"
 
@@ -120,7 +124,10 @@ def _from_hub(hub_id: HubId, names: Sequence[str], offline: bool, sha256: str | 
         path = _cached(hub_id, names)
         if path is None and offline:
             raise CheckpointError(_not_here(hub_id, names, "the hub is off (HF_HUB_OFFLINE or offline=True)"))
-        path = path or _fetch(hub_id, names)
+        if path is None:
+            path = _fetch(hub_id, names)
+        elif not names and not offline and _lacks_words(path):
+            _fill_in(hub_id, path)
         if sha256 and (found := sha256_of(path)) != sha256:
             if offline:
                 raise CheckpointError(f"{path} has sha256 {found}, published is {sha256}; fetch it again online")
@@ -153,6 +160,25 @@ def _is_whole(folder: Path) -> bool:
         shards = json.loads((folder / INDEX).read_bytes()).get("weight_map", {}).values()
         return all((folder / str(shard)).exists() for shard in shards)
     return (folder / WEIGHTS).exists()
+
+
+def _lacks_words(folder: Path) -> bool:
+    """Whether a snapshot is a language model without its tokenizer; an encoder's has none, or brings its own."""
+    try:
+        data = json.loads((folder / CONFIG).read_bytes())
+    except (OSError, ValueError):  # for the reader of the config to refuse
+        return False
+    language = isinstance(data, dict) and data.get("model_type") in LANGUAGE
+    return language and not any(found for pattern in WORDS for found in folder.glob(pattern))
+
+
+def _fill_in(hub_id: HubId, folder: Path) -> None:
+    """Fetch the small files a cached snapshot lacks, of its own commit, so that they belong to its weights."""
+    import huggingface_hub
+
+    small = [pattern for pattern in SNAPSHOT if not pattern.endswith(".safetensors")]
+    with suppress(Exception):  # the weights are here: without a hub it is as it was, and a tokenizer may be given
+        huggingface_hub.snapshot_download(repo_id=hub_id.repo, revision=folder.name, allow_patterns=small)
 
 
 def _fetch(hub_id: HubId, names: Sequence[str], **options: Any) -> Path:

@@ -334,16 +334,20 @@ def grey_codes(image: Image.Image) -> Image.Image:
     """
     if image.mode not in ("I", "F") and not image.mode.startswith("I;16"):
         return image
-    values = np.asarray(image, dtype=np.float64)
+    if image.mode.startswith("I;16"):  # in integers, which take half the memory: this is round(v / 257) for every v
+        codes = np.asarray(image).astype(np.uint32)
+        codes += 128
+        codes //= 257
+        return Image.fromarray(codes.astype(np.uint8))
+    values = np.array(image, dtype=np.float64)  # a copy, changed in place below: these are eight bytes a pixel
     low, high = float(values.min()), float(values.max())
-    if image.mode.startswith("I;16"):
-        top = 65535
-    else:
-        tops = (255, 65535) if image.mode == "I" else (1, 255)
-        top = tops[0] if high <= tops[0] else tops[1]
+    tops = (255, 65535) if image.mode == "I" else (1, 255)
+    top = tops[0] if high <= tops[0] else tops[1]
     if not (low >= 0 and high <= top):  # NaN compares false
         raise MediaError(f"a grey picture of mode {image.mode} has values {low:g} to {high:g}; scale them to 0..255")
-    return Image.fromarray(np.rint(values * (255 / top)).astype(np.uint8))
+    values *= 255 / top
+    np.rint(values, out=values)
+    return Image.fromarray(values.astype(np.uint8))
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -609,8 +613,8 @@ def read_video(
              second; a uint8 array or tensor N H W 3 or N 3 H W
     backend  "auto" takes torchcodec where it seeks exactly and PyAV elsewhere, and the other when one fails
     timeout  seconds until MediaError; a decoder that hangs is left behind in its thread
-    isolate  decode in a child process, for files of strangers: a decoder that crashes or hangs is killed, and this
-             process goes on. Starting one takes seconds
+    isolate  decode a video in a child process, for files of strangers: a decoder that crashes or hangs is killed, and
+             this process goes on. Starting one takes seconds. Pictures and animations are decoded here in any case
 
     Frames a damaged file no longer has are left out, with a warning.
 

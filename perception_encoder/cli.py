@@ -170,16 +170,19 @@ def features(
 
     tower, files = _load_tower(model, config, device, dtype), _files(images)
     layers = layer or [-1]
-    per_image = [dense(tower, file, layers, norm=norm, size=size) for file in _bar(files)]
+    per_image = []
+    for file in _bar(files):  # to the CPU one by one: the device's memory need not hold those of all pictures
+        found = dense(tower, file, layers, norm=norm, size=size)
+        per_image.append([type(f)(f.patches.cpu(), f.prefix.cpu()) for f in found])
     tensors = {}
     for i, index in enumerate(layers):
-        tensors[f"layer.{index}.patches"] = torch.cat([f[i].patches for f in per_image]).cpu().contiguous()
-        tensors[f"layer.{index}.prefix"] = torch.cat([f[i].prefix for f in per_image]).cpu().contiguous()
+        tensors[f"layer.{index}.patches"] = torch.cat([f[i].patches for f in per_image]).contiguous()
+        tensors[f"layer.{index}.prefix"] = torch.cat([f[i].prefix for f in per_image]).contiguous()
     with atomic_write(out) as temporary:
         save_file(tensors, temporary, metadata={"images": json.dumps([_text(file) for file in files])})
-    found = {"out": str(out), "images": len(files), "tensors": {k: list(v.shape) for k, v in tensors.items()}}
+    report = {"out": str(out), "images": len(files), "tensors": {k: list(v.shape) for k, v in tensors.items()}}
     lines = [f"{name:<24}{tuple(tensor.shape)}" for name, tensor in tensors.items()]
-    show(found, as_json, lambda: "\n".join([str(out), *lines]))
+    show(report, as_json, lambda: "\n".join([str(out), *lines]))
 
 
 def pca(
@@ -253,11 +256,10 @@ def train_encoder(
         found = probing.probe(settings)
         show({"out": settings.out, **found}, as_json, lambda: probing.summary(found))
         return
-    if not launch.train(settings):
-        note(f"stopped; the same command continues it from {settings.out}")
-        raise typer.Exit(1)
-    folder = str(Path(settings.out) / "model")
-    show({"out": settings.out, "model": folder}, as_json, lambda: folder)
+    done = launch.train(settings)
+    folder = str(Path(settings.out) / "model") if done else None
+    said = folder or f"stopped; the same command continues it from {settings.out}"
+    show({"out": settings.out, "finished": done, "model": folder}, as_json, lambda: said)
 
 
 def _load_clip(model: str, config: Path | None, device: str, dtype: str, *, quiet: bool = False) -> Any:
@@ -287,16 +289,16 @@ def _load(source: str, config: Path | None, device: str, dtype: str, *, revision
     from perception_encoder import zoo
     from perception_encoder.config import ClipConfig, VisionConfig
 
-    both = _holds_both(source, config)
+    both = _holds_both(source, config, revision)
     load, kind = (zoo.load_clip, ClipConfig) if both else (zoo.load_encoder, VisionConfig)
     return load(source, config=_config(kind, config), device=device, dtype=dtype, revision=revision)
 
 
-def _holds_both(source: str, config: Path | None) -> bool:
+def _holds_both(source: str, config: Path | None, revision: str | None = None) -> bool:
     """Whether this is a CLIP model: its config file says so where there is one, the weights themselves elsewhere."""
     from perception_encoder.inspection import kind_of
 
-    return kind_of(source) == "clip" if config is None else "text" in _json(config)
+    return kind_of(source, revision) == "clip" if config is None else "text" in _json(config)
 
 
 def _config(kind: Any, path: Path | None) -> Any:

@@ -40,7 +40,7 @@ def fast_clip(model: CLIP, plan: Plan) -> CLIP:
     fast = CLIP(cast(Any, vision), cast(Any, text), model.preprocess, model.tokenize)
     fast.logit_scale = frozen(model.logit_scale)
     fast.source = model.source
-    fast.fingerprint = mark
+    fast.fingerprint, fast.marked = mark, str(model.preprocess.fingerprint())
     return fast.eval()
 
 
@@ -53,7 +53,7 @@ def fast_vision(tower: VisionTransformer, plan: Plan) -> Any:
         fast: Any = fast_cuda.fast_vision(tower, plan)
     else:
         fast = FastVision(tower, plan)
-    fast.fingerprint = mark
+    fast.fingerprint, fast.marked = mark, str(tower.preprocess.fingerprint())
     return fast
 
 

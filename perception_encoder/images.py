@@ -35,10 +35,15 @@ def as_list(images: Any) -> Sequence[Any]:
 
 
 def is_one(images: Any) -> bool:
-    """Whether this is a picture, rather than several: a path, bytes, a PIL image, an array of up to three axes."""
+    """Whether this is a picture, rather than several: a path, bytes, an open file, a PIL image, an array.
+
+    Arrays of four axes are several.
+    """
     if isinstance(images, str | Path):
         return not Path(images).is_dir()
-    return isinstance(images, bytes) or hasattr(images, "convert") or 0 < len(getattr(images, "shape", ())) < 4
+    if isinstance(images, bytes | bytearray | memoryview) or hasattr(images, "read") or hasattr(images, "convert"):
+        return True  # before the shape, which a memoryview has as well
+    return 0 < len(getattr(images, "shape", ())) < 4
 
 
 def pixel_batches(

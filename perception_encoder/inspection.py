@@ -44,14 +44,17 @@ def layout_of(names: Any) -> tuple[str, Kind] | None:
     return next(((layout.name, kind) for kind in kinds for layout in LAYOUTS[kind] if layout.sign in names), None)
 
 
-def kind_of(source: str) -> Kind:
-    """Whether a name, folder or file is a CLIP model or a vision tower alone. Raises CheckpointError when neither."""
+def kind_of(source: str, revision: str | None = None) -> Kind:
+    """Whether a name, folder or file is a CLIP model or a vision tower alone. Raises CheckpointError when neither.
+
+    revision  a branch, tag or commit of the hub repository
+    """
     try:
         return describe(source)["kind"]
     except LookupError:
         if not Path(source).exists() and source.startswith(("timm/", "open_clip/")):
             return "clip" if source.startswith("open_clip/") else "tower"
-        path = download(source)
+        path = download(source, revision=revision)
     if path.is_dir():
         return read_config(path).get("kind", "tower")
     found = layout_of(open_checkpoint(path))

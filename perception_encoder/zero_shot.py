@@ -4,6 +4,7 @@ B pictures  K classes  T templates  C embedding width
 """
 
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ class ZeroShotClassifier:
         self.model = model
         self.labels = read_labels(labels)
         self.templates = check_templates(PHOTO_TEMPLATES if templates is None else templates)
-        if repeated := sorted({label for label in self.labels if self.labels.count(label) > 1}):
+        if repeated := sorted(label for label, times in Counter(self.labels).items() if times > 1):
             warnings.warn(f"labels given more than once share their probability: {repeated[:5]}", stacklevel=2)
         self.weights = classifier_weights(model, self.labels, self.templates, batch_size=batch_size)  # K C
 

@@ -171,11 +171,10 @@ def describe(name: str) -> dict[str, Any]:
     """
     if name in _registered():
         return {"name": name, "kind": "tower", "provider": _registered()[name]}
-    name, entry, _ = _find(name)
-    kind = "clip" if entry.text else "tower"
+    name, entry, weights = _find(name)
     return {
         "name": name,
-        "kind": kind,
+        "kind": weights.kind,  # not the entry's: timm's ids of PE-Core hold the tower alone
         "parameters": entry.parameters,
         "vision": entry.vision.to_dict(),
         "text": entry.text.to_dict() if entry.text else None,

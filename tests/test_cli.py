@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
 import torch
@@ -13,6 +14,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import perception_encoder as pe
+from perception_encoder import cli, inspection
+from perception_encoder.protocol import Features
 from perception_encoder.retrieval.embed import load_embeddings
 
 ROOT = Path(__file__).parents[1]
@@ -168,6 +171,41 @@ def test_features_and_pca(folder: Path, pictures: Path, tmp_path: Path) -> None:
         assert sheet.size == (3 * 64, 64)
 
 
+def test_features_leave_the_device_picture_by_picture(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    seen: list[str] = []
+
+    class OnDevice:
+        def __init__(self, values: torch.Tensor):
+            self.values = values
+
+        def cpu(self) -> torch.Tensor:
+            seen.append("moved")
+            return self.values
+
+    def dense(*_: object, **__: object) -> list[Any]:
+        seen.append("made")
+        return [Features(cast(Any, OnDevice(torch.ones(1, 2, 2, 3))), cast(Any, OnDevice(torch.ones(1, 1, 3))))]
+
+    monkeypatch.setattr(sys.modules["perception_encoder.features"], "features", dense)
+    monkeypatch.setattr(cli, "_load_tower", lambda *_: None)
+    cli.features(["a.png", "b.png"], tmp_path / "f.safetensors")
+    assert seen == ["made", "moved", "moved"] * 2
+    assert load_file(tmp_path / "f.safetensors")["layer.-1.patches"].shape == (2, 2, 2, 3)
+
+
+def test_the_revision_decides_the_kind(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    asked: list[str | None] = []
+
+    def download(name: str, *, revision: str | None = None) -> Path:
+        asked.append(revision)
+        return folder
+
+    monkeypatch.setattr(inspection, "download", download)
+    monkeypatch.setattr("perception_encoder.zoo.load_clip", lambda *_, **settings: settings["revision"])
+    assert cli._load("someone/else", None, "cpu", "auto", revision="v2") == "v2"
+    assert asked == ["v2"]
+
+
 def test_convert_there_and_back(golden: Path, folder: Path, tmp_path: Path) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps(clip_config(golden).to_dict()))
@@ -251,3 +289,55 @@ def test_doctor_really_imports(monkeypatch: pytest.MonkeyPatch) -> None:
     works = doctor._try("video", "av", "av", load=lambda module: None)
     assert doctor._either([found, works])[0].ok is None
     assert doctor._try("lm", "nothing", "no-such-distribution-here").ok is None
+
+
+def test_verbs_that_do_not_load_leave_the_others(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from perception import cli
+
+    class Broken:
+        name, value = "encoder", "some_package.cli:register"
+
+        def load(self) -> None:
+            raise OSError("libcudart.so.13: no such file")
+
+    class Works:
+        name, value = "lm", "other.cli:register"
+
+        def load(self) -> object:
+            return lambda app: app.command("other")(lambda: None)
+
+    monkeypatch.setattr(cli, "entry_points", lambda group: [Works(), Broken()])
+    assert [command.name for command in cli.build().registered_commands] == ["doctor", "other"]
+    told = capsys.readouterr().err
+    assert "without the verbs of some_package.cli:register, which does not load: libcudart.so.13" in told
+    assert "`perception doctor`" in told
+
+
+def test_doctor_reports_a_torch_that_does_not_load(monkeypatch: pytest.MonkeyPatch) -> None:
+    from perception import doctor
+
+    monkeypatch.setitem(sys.modules, "torch", None)  # importing it raises ImportError
+    (found,) = doctor._devices()
+    assert (found.group, found.name, found.ok) == ("devices", "torch", False)
+    assert "torch" in found.detail
+    assert not doctor.healthy([found])
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory. 2 GiB\nmore lines")])
+def test_no_memory_is_no_fault_of_ours(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from perception import cli
+
+    def build() -> object:
+        raise error
+
+    monkeypatch.delenv("PERCEPTION_DEBUG", raising=False)
+    monkeypatch.setattr(cli, "build", build)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: out of memory; try a smaller --batch-size or another --device (")

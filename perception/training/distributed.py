@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from perception.device import pick_device
-from perception.errors import ConfigError
+from perception.errors import ConfigError, PerceptionError
 
 Sharding = Literal["auto", "none", "full", "hybrid"]
 Precision = Literal["fp32", "bf16"]
@@ -48,6 +48,10 @@ class EngineConfig:
     compile: bool = False
     timeout: float = 600.0
     threads: int = 0
+
+
+class FirstEnded(PerceptionError, RuntimeError):
+    """The first process ended with an error, or did not come to its end; its own message says why."""
 
 
 class World:
@@ -115,7 +119,7 @@ def processes(config: EngineConfig) -> Iterator[World]:
 
     Nobody leaves it before all have come to its end, unless with an error. The first may take a day longer than the
     others, which is for what it alone writes when a run is done.
-    Raises ConfigError for a device that is not here and for shard="none" with several processes, RuntimeError in the
+    Raises ConfigError for a device that is not here and for shard="none" with several processes, FirstEnded in the
     others when the first ends with an error.
     """
     size = int(os.environ.get("WORLD_SIZE", "1")) if "RANK" in os.environ else 1
@@ -172,7 +176,7 @@ def _wait(key: str) -> None:
     """Until the first process has told how it came to the end.
 
     By looking into the store, not with an operation of the group: those have the timeout of a step, and what the first
-    process writes alone may take longer, a large model to a slow disk. Raises RuntimeError when it ended with an error,
+    process writes alone may take longer, a large model to a slow disk. Raises FirstEnded when it ended with an error,
     when it is gone, and after a day.
     """
     store = torch.distributed.distributed_c10d._get_default_store()
@@ -180,14 +184,14 @@ def _wait(key: str) -> None:
     try:
         while not store.check([key]):
             if time.monotonic() > end:
-                raise RuntimeError(f"the first process did not come to the end of the run in {LONGEST:.0f} seconds")
+                raise FirstEnded(f"the first process did not come to the end of the run in {LONGEST:.0f} seconds")
             time.sleep(pause)
             pause = min(2 * pause, 1.0)
         how = store.get(key).decode()
     except torch.distributed.DistError as error:
-        raise RuntimeError("the first process is gone; its own error says why") from error
+        raise FirstEnded("the first process is gone; its own error says why") from error
     if how != DONE:
-        raise RuntimeError("the first process ended with an error, which it has told itself")
+        raise FirstEnded("the first process ended with an error, which it has told itself")
 
 
 def _end_threads_in_time(world: World) -> None:

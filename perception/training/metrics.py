@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from perception.files import atomic_write
+
 # Dense bf16 operations a second, of data sheets; what MFU is measured against.
 PEAKS = {
     "B200": 2250e12,
@@ -67,7 +69,8 @@ class Metrics:
                     kept.append(line)
             except (ValueError, KeyError, TypeError):
                 continue
-        self.path.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        with atomic_write(self.path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
 
 def read_metrics(folder: str | Path) -> list[dict[str, Any]]:

@@ -70,12 +70,12 @@ class Order:
     def _seek(self, block: int) -> None:
         if block == self._block:
             return
-        if block != self._block + 1:
-            self._before = np.zeros(len(self.sizes), dtype=np.int64)
-            for earlier in range(block):
-                self._before += np.bincount(self._draw(earlier), minlength=len(self.sizes))
-        else:
-            self._before = self._before + np.bincount(self._sources, minlength=len(self.sizes))
+        here = max(self._block, 0)  # a long run asks for neighbours, and never again for all from the start
+        self._before = self._before.copy()
+        for earlier in range(here, block):
+            self._before += np.bincount(self._draw(earlier), minlength=len(self.sizes))
+        for later in range(block, here):
+            self._before -= np.bincount(self._draw(later), minlength=len(self.sizes))
         self._block, self._sources = block, self._draw(block)
 
     def _draw(self, block: int) -> np.ndarray:

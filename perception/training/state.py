@@ -105,12 +105,15 @@ class Checkpoints:
     def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         from torch.distributed import checkpoint as dcp
 
-        with _one_process_is_fine():
-            dcp.save(
-                dict(tensors),
-                storage_writer=dcp.FileSystemWriter(path, single_file_per_rank=True),
-                no_dist=not self.world.grouped,
-            )
+        try:
+            with _one_process_is_fine():
+                dcp.save(
+                    dict(tensors),
+                    storage_writer=dcp.FileSystemWriter(path, single_file_per_rank=True),
+                    no_dist=not self.world.grouped,
+                )
+        except dcp.CheckpointException as error:  # a BaseException: who catches errors would not see it
+            raise OSError(_last_line(error)) from error
 
     def _agree(self, failed: str) -> None:
         if self.world.any(bool(failed)):

@@ -124,8 +124,8 @@ class Trainer:
         self.learned = {name: p for name, p in task.named_parameters() if p.requires_grad}
         self.step = self.position = self.skipped = self.failures = 0
         self.seconds = self.tokens = 0.0
-        self.bad: set[tuple[str, int]] = set()  # rows of this process's share
-        self.bad_rows = 0  # of all processes
+        self.bad: set[tuple[str, int]] = set()  # rows, of all processes
+        self.bad_rows = 0
         self.averages = {n: p.detach().clone() for n, p in self.learned.items()} if config.average else {}
 
     # --- running ---
@@ -254,11 +254,13 @@ class Trainer:
         new = {(bad.source, bad.index) for bad in report.lost if not bad.too_long} - self.bad
         for bad in report.lost:
             log.log(logging.DEBUG if bad.too_long else logging.WARNING, "left out %s", bad.why)
-        self.bad |= new
         long = sum(bad.too_long for bad in report.lost)
         totals = [sums["loss"], sums["weight"], sums["tokens"], float(report.samples), float(len(new)), float(long)]
         loss, weight, tokens, samples, fresh, long_all = self.world.total(totals)
-        self.bad_rows += int(fresh)
+        if fresh:  # the same number everywhere, so all gather or none; a row counts once, whoever meets it again
+            new = set().union(*self.world.gather(new))
+            self.bad |= new
+            self.bad_rows += len(new)
         self.tokens += tokens
         mean, norm = loss / weight if weight else 0.0, 0.0
         if weight:
@@ -407,7 +409,8 @@ def _saved_buffers(task: nn.Module) -> Iterable[tuple[str, Tensor]]:
 
 @contextmanager
 def stop_on_signal() -> Iterator[threading.Event]:
-    """An event that SIGTERM and SIGINT set, instead of ending the process; a second one ends it."""
+    """An event that SIGTERM and SIGINT set, instead of ending the process. A second one puts the old handler back;
+    the same signal once more ends the process."""
     told = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield told

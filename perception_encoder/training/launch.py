@@ -40,10 +40,10 @@ def train(run: Run, *, model: Any = None, pairs: Pairs | None = None, progress: 
     with processes(run.engine) as world:
         trainer = make_trainer(run, world, model=model, pairs=pairs, progress=progress)
         done = trainer.run()
+        if isinstance(trainer.task, ContrastiveTask):
+            trainer.task.hand_back()  # all together, and so before the first is busy alone
         if done:
             write_model(trainer, Path(run.out) / "model")
-        if isinstance(trainer.task, ContrastiveTask):
-            trainer.task.hand_back()
         return done
 
 

@@ -15,7 +15,7 @@ from perception.training.trainer import Loss
 from perception_encoder.clip import CLIP
 from perception_encoder.training.config import LossConfig
 from perception_encoder.training.flops import tower_flops, vision_flops
-from perception_encoder.training.losses import clip_loss, cosine_distillation, similarity_distillation
+from perception_encoder.training.losses import clip_loss, cosine_distillation, gathered, similarity_distillation
 from perception_encoder.training.pairs import Batch
 from perception_encoder.training.recipes import SelfDistillation
 from perception_encoder.vision import VisionTransformer
@@ -59,7 +59,8 @@ class ContrastiveTask(nn.Module):
             if self.features is not None:
                 total = total + self.loss.features * cosine_distillation(self.features(image), wanted)
             if self.loss.relations:
-                total = total + self.loss.relations * similarity_distillation(image, wanted)
+                ours, theirs = (gathered(image), gathered(wanted)) if self.together else (image, wanted)
+                total = total + self.loss.relations * similarity_distillation(ours, theirs)
         return Loss(total * count, count, count * self._flops(batch))
 
     def hand_back(self) -> None:

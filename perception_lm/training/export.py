@@ -66,7 +66,7 @@ def load_checkpoint(path: str | Path, *, average: bool = True, dtype: torch.dtyp
 def open_model(facts: dict[str, Any], where: Path) -> tuple[Assistant, nn.Module]:
     """A model of the shape that the facts tell, and the module that the names of its tensors begin at."""
     from perception_lm.training.build import build_assistant
-    from perception_lm.training.run import Run
+    from perception_lm.training.run import Run, trained_on
     from perception_lm.zoo import assemble
 
     if facts.get("format") != "perception-lm-training" or facts.get("version") != 1:
@@ -84,6 +84,7 @@ def open_model(facts: dict[str, Any], where: Path) -> tuple[Assistant, nn.Module
         assistant = assemble(model.to_empty(device="cpu"), tokenizer, config.media, pixels)
     else:
         assistant = build_assistant(run, torch.device("cpu"))
+        trained_on(assistant, run)
         assistant.model.float()  # what was learned is float32, and is put into it
     if run.lora is not None:
         from perception_lm.training.lora import add_lora

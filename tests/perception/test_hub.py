@@ -273,6 +273,46 @@ def test_half_a_snapshot_is_not_taken_for_a_model(tmp_path: Path, server: Hub) -
     assert (Path(online) / "model.safetensors").exists()
 
 
+@pytest.mark.parametrize(
+    ("config", "there", "offline", "asks"),
+    [
+        ('{"model_type": "perception_lm"}', "", False, True),
+        ('{"model_type": "llama"}', "", False, True),
+        ('{"model_type": "llama"}', "", True, False),
+        ('{"model_type": "llama"}', "tokenizer.json", False, False),
+        ('{"model_type": "llama"}', "original/tokenizer.model", False, False),
+        ('{"format": "perception"}', "", False, False),
+        ('{"architecture": "vit_pe_core_base_patch16_224"}', "", False, False),  # timm's
+        ("[]", "", False, False),
+        ("{", "", False, False),
+    ],
+)
+def test_a_cached_language_model_gets_its_tokenizer(
+    config: str, there: str, offline: bool, asks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import huggingface_hub
+
+    folder = tmp_path / COMMIT
+    for name in ("config.json", there):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        if name:
+            (folder / name).write_text(config)
+    asked: list[dict] = []
+
+    def download(**options: object) -> None:
+        asked.append(options)
+        raise OSError("no network")  # what is here is used all the same
+
+    monkeypatch.setattr(hub, "_cached", lambda hub_id, names: folder)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    assert locate("hf://o/n", offline=offline) == folder
+    assert bool(asked) is asks
+    for options in asked:
+        assert options["revision"] == COMMIT  # of the same commit, and never weights
+        assert "tokenizer.model" in options["allow_patterns"]
+        assert "*.safetensors" not in options["allow_patterns"]
+
+
 def test_f06_a_full_disk_leaves_no_partial_file(tmp_path: Path, server: Hub) -> None:
     call = (["hf://o/n:model.safetensors"], {})
     (line,) = ask(tmp_path, [call], server, limit=100_000)

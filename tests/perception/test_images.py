@@ -15,7 +15,7 @@ import torch
 from PIL import Image, ImageFile, ImageOps
 
 from perception.errors import LimitError, MediaError
-from perception.media import flatten, iter_images, read_image, sniff, to_rgb
+from perception.media import flatten, grey_codes, iter_images, read_image, sniff, to_rgb
 from perception.pixels import PixelSpec
 
 
@@ -214,6 +214,30 @@ def test_modes_that_survive_a_file(tmp_path: Path) -> None:
         image, colour = MODES[mode]
         image.save(tmp_path / "picture.tiff")
         assert to_rgb(read_image(tmp_path / "picture.tiff")).getcolors() == [(16, colour)]
+
+
+@pytest.mark.parametrize("order", ["<u2", ">u2"])
+def test_sixteen_bits_to_eight_is_exact_and_needs_no_floats(order: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every value there is; in floats a large picture took three arrays of eight bytes a pixel."""
+    every = np.arange(65536, dtype=np.uint32)
+    mode = "I;16B" if order == ">u2" else "I;16"
+    image = Image.frombytes(mode, (256, 256), every.astype(order).tobytes())
+
+    def no_floats(*_: object, **__: object) -> None:
+        raise AssertionError("rounded in floats")
+
+    monkeypatch.setattr(np, "rint", no_floats)
+    codes = grey_codes(image)
+    assert codes.mode == "L"
+    assert np.asarray(codes).ravel().tolist() == [round(v / 257) for v in every.tolist()]
+
+
+@pytest.mark.parametrize("values", [np.arange(65536, dtype=np.int32), np.linspace(0, 1, 65536, dtype=np.float32)])
+def test_grey_in_place_leaves_the_picture_as_it_was(values: np.ndarray) -> None:
+    image = Image.fromarray(values.reshape(256, 256))
+    expected = np.rint(values.astype(np.float64) * (255 / values.max()))
+    assert (np.asarray(grey_codes(image)).ravel() == expected).all()
+    assert (np.asarray(image).ravel() == values).all()
 
 
 @pytest.mark.parametrize("values", [np.float32([[np.nan, 0]]), np.float32([[-1, 0]]), np.float32([[0, 1000]])])

@@ -298,6 +298,19 @@ def test_fingerprints(nano: pe.CLIP) -> None:
     assert fingerprint(optimize(again, keep=False)) == fingerprint(nano)
 
 
+def test_a_fingerprint_sees_preprocessing_given_later(nano: pe.CLIP) -> None:
+    for plain in (nano, nano.vision):
+        fast, rounded = optimize(plain), optimize(plain, "int8")
+        before = fingerprint(fast)
+        for twin in (fast, rounded):
+            twin.preprocess = twin.preprocess.fast(decode="scaled")
+        assert fingerprint(fast) not in (before, fingerprint(rounded))
+        assert fingerprint(rounded).endswith("-int8")
+        assert not fingerprint(rounded).startswith(before)
+        fast.preprocess = plain.preprocess
+        assert fingerprint(fast) == before
+
+
 def test_keep_false_frees_each_weight(golden: Path) -> None:
     tower = load_tower(golden, "core_nocls_hd24")
     x = fitting(tower, golden, "core_nocls_hd24")[0]

@@ -1,5 +1,6 @@
 """The classifier's maths against the reference's matrix, and what it refuses."""
 
+import io
 import json
 from pathlib import Path
 
@@ -49,6 +50,16 @@ def test_predict(clip: pe.CLIP, tmp_path: Path) -> None:
         assert row[0].score == pytest.approx(other[0].score, rel=1e-5)
 
 
+def test_one_picture_in_any_form(clip: pe.CLIP, tmp_path: Path) -> None:
+    Image.effect_noise((40, 30), 50).convert("RGB").save(tmp_path / "one.png")
+    data = (tmp_path / "one.png").read_bytes()
+    classifier = pe.ZeroShotClassifier(clip, ["a", "b"], "{}")
+    wanted = classifier.predict(tmp_path / "one.png")
+    with (tmp_path / "one.png").open("rb") as file:
+        for form in (data, bytearray(data), memoryview(data), io.BytesIO(data), file):
+            assert classifier.predict(form) == wanted
+
+
 def test_labels_from_a_file(clip: pe.CLIP, tmp_path: Path) -> None:
     (tmp_path / "labels.txt").write_text("\ufeffcat\n\n  dog \n", "utf-8")
     assert pe.ZeroShotClassifier(clip, tmp_path / "labels.txt").labels == ["cat", "dog"]
@@ -73,6 +84,8 @@ def test_f83_nothing_to_choose_from(clip: pe.CLIP) -> None:
 def test_f84_odd_labels_and_templates(clip: pe.CLIP) -> None:
     with pytest.warns(UserWarning, match=r"more than once share their probability: \['cat'\]"):
         pe.ZeroShotClassifier(clip, ["cat", "dog", "cat"], "{}")
+    with pytest.warns(UserWarning, match=r"probability: \['cat', 'dog'\]"):
+        pe.ZeroShotClassifier(clip, ["dog", "cat", "a", "cat", "dog", "dog"], "{}")
     with pytest.raises(ValueError, match=r"template 'a photo' has no '\{\}'"):
         pe.ZeroShotClassifier(clip, ["cat"], ["{}", "a photo"])
     seen = []

@@ -16,6 +16,7 @@ from perception_encoder import interop, zoo
 from perception_encoder.checkpoints import FolderConfig, export, save
 from perception_encoder.clip import CLIP
 from perception_encoder.config import ClipConfig, TextConfig, VisionConfig
+from perception_encoder.inspection import kind_of
 from perception_encoder.text import TextTransformer
 from perception_encoder.vision import VisionTransformer
 from perception_encoder.zoo import MODELS, describe, list_models, load_clip, load_encoder, timm_name
@@ -109,6 +110,7 @@ def test_published_ids_are_names(hub_id: str) -> None:
     name, _, weights = zoo._find(hub_id)
     assert (name, weights.layout, weights.kind) == IDS[hub_id]
     assert describe(hub_id)["name"] == name
+    assert kind_of(hub_id) == IDS[hub_id][2]
 
 
 def test_timm_has_every_architecture() -> None:

@@ -178,6 +178,8 @@ def test_every_sample_once_before_any_twice() -> None:
     share = sum(place.source == 0 for place in places[:1024])
     assert share in (768, 767, 769)  # to one, in every block
     again = Order([30, 7], [3, 1], seed=5)
+    for block in (0, 3, 2, 7, 6, 0):  # there and back
+        assert order[block * 1024 + 5] == Order([30, 7], [3, 1], seed=5)[block * 1024 + 5]
     assert [again[k] for k in (2999, 5, 1500, 1024, 1023)] == [places[k] for k in (2999, 5, 1500, 1024, 1023)]
     assert [Order([9], shuffle=False)[k].index for k in range(11)] == [*range(9), 0, 1]
     for sizes, weights in (([], None), ([0], None), ([3], [0.0]), ([3], [float("nan")]), ([3], [1.0, 2.0])):
