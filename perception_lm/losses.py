@@ -37,22 +37,25 @@ def answer_loss(
         hidden, head_weight = hidden.detach(), head_weight.detach()
     learned = labels != IGNORE
     hidden, labels = hidden[learned], labels[learned]  # A E, A
-    total = _CrossEntropy.apply(hidden, labels, head_weight, chunk)
-    return total / max(1, len(labels)) if reduction == "mean" else total
+    factor = 1 / max(1, len(labels)) if reduction == "mean" else 1.0
+    return _CrossEntropy.apply(hidden, labels, head_weight, chunk, factor)
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """The sum over positions, with its gradients made while a chunk's logits exist: they are never made twice, and the
-    head's gradient is one matrix that chunks add to."""
+    """The sum over positions times a factor, with its gradients made while a chunk's logits exist: they are never made
+    twice, and the head's gradient is one matrix that chunks add to. It is as large as the head, so that each time it is
+    gone over counts: the first chunk writes it, and all of them with the factor."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head_weight: Tensor, chunk: int) -> Tensor:
+    def forward(ctx: Any, hidden: Tensor, labels: Tensor, head_weight: Tensor, chunk: int, factor: float) -> Tensor:
         device = hidden.device.type
         compute = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
         x, weight = hidden.detach().to(compute), head_weight.detach().to(compute)
         d_hidden = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         # float32: many small chunks would be lost in a half-precision sum
-        d_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        d_weight = torch.empty_like(weight, dtype=torch.float32) if ctx.needs_input_grad[2] else None
+        if d_weight is not None and not len(labels):
+            d_weight.zero_()
         total = hidden.new_zeros((), dtype=torch.float32)
         with torch.autocast(device, enabled=False):
             for start in range(0, len(labels), chunk):
@@ -68,22 +71,26 @@ class _CrossEntropy(torch.autograd.Function):
                 if d_hidden is not None:
                     torch.mm(d, weight, out=d_hidden[start : start + chunk])
                 if d_weight is not None and compute == torch.float32:
-                    d_weight.addmm_(d.T, rows)
+                    torch.addmm(d_weight, d.T, rows, beta=int(start > 0), alpha=factor, out=d_weight)
                 elif d_weight is not None:
-                    d_weight += d.T @ rows
-        ctx.gradients = d_hidden, d_weight
+                    part = (d.T @ rows).float().mul_(factor)
+                    d_weight = d_weight.add_(part) if start else part
+        ctx.gradients, ctx.factor = (d_hidden, d_weight), factor
         ctx.dtypes = hidden.dtype, head_weight.dtype
-        return total
+        return total * factor
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, d: Tensor) -> tuple[Tensor | None, ...]:
         if ctx.gradients is None:
             raise RuntimeError("answer_loss: a second backward pass over the same graph; compute the loss again")
-        found = (
-            None if gradient is None else gradient.mul_(d).to(dtype)
-            for gradient, dtype in zip(ctx.gradients, ctx.dtypes, strict=True)
-        )
-        d_hidden, d_weight = found
+        d_hidden, d_weight = ctx.gradients
+        hidden_dtype, weight_dtype = ctx.dtypes
+        if d_hidden is not None:  # with all of `d` at once: in half precision the factor alone might leave nothing
+            d_hidden = d_hidden.mul_(d * ctx.factor).to(hidden_dtype)
+        if d_weight is not None:
+            if d.device.type != "cpu" or float(d) != 1.0:  # elsewhere, to look would be to wait
+                d_weight.mul_(d)
+            d_weight = d_weight.to(weight_dtype)
         ctx.gradients = None  # scaled in place: there is nothing left for a second pass
-        return d_hidden, None, d_weight, None
+        return d_hidden, None, d_weight, None, None
