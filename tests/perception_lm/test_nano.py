@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -205,6 +206,30 @@ def test_directions(plain: World) -> None:
     assert len(found) >= 2
 
 
+def test_one_frame_does_not_tell_which_moves(plain: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    pairs: list[list[list[clips.Thing]]] = []
+    draw_frames = clips._draw
+    monkeypatch.setattr(clips, "_draw", lambda d, w, frames: (pairs.append(frames), draw_frames(d, w, frames))[1])
+    for seed in range(800):
+        clips.moving(random.Random(seed), plain)
+    nearer = lower = drawn_last = 0
+    pairs = [frames for frames in pairs if len(frames[0]) == 2]
+    for frames in pairs:
+        rests = next(thing for thing in frames[0] if all(thing in other for other in frames))
+        moves = next(thing for thing in frames[clips.MIDDLE] if thing is not rests)
+        assert {(t.w, t.h) for t in frames[0]} == {(rests.w, rests.h)}
+        away = [max(abs(c - SIDE / 2) for c in thing.centre) for thing in (moves, rests)]
+        nearer += (away[0] < away[1]) + 0.5 * (away[0] == away[1])
+        lower += (moves.y > rests.y) + 0.5 * (moves.y == rests.y)
+        drawn_last += frames[clips.MIDDLE][-1] is moves
+        for frame in frames:
+            a, b = frame
+            assert abs(a.x - b.x) > a.w or abs(a.y - b.y) > a.h
+            assert all(0 <= t.x <= SIDE - t.w and 0 <= t.y <= SIDE - t.h for t in frame)
+    for count in (nearer, lower, drawn_last):
+        assert 0.4 < count / len(pairs) < 0.6
+
+
 def test_events_and_their_order(plain: World) -> None:
     for seed in range(30):
         sample = clips.blinking(random.Random(seed), plain)
@@ -226,6 +251,36 @@ def test_words_are_written(plain: World) -> None:
         (turn,) = sample.turns
         assert turn.answer.lower() in WORDS
         assert sample.picture.min() < 150
+
+
+def test_lines_of_words_are_written_and_asked_for(plain: World) -> None:
+    kinds = set()
+    for sample in drawn("lines", plain, 60):
+        kinds |= {turn.kind for turn in sample.turns}
+        said = {turn.question: turn.answer for turn in sample.turns if turn.kind == "line"}
+        told = next(
+            (turn.answer.replace(" and ", ", ").split(", ") for turn in sample.turns if turn.kind == "words"), []
+        )
+        for question, answer in said.items():
+            place = next(i for i, name in enumerate(reading.PLACES) if f" {name} " in question)
+            assert not told or told[place] == answer
+        rows = (sample.picture.min((1, 2)) < 150).nonzero()[0]  # the pictures' rows that have ink
+        assert len(rows) >= 5 * max(len(told), len(said))
+    assert kinds == {"words", "line"}
+
+
+@pytest.mark.parametrize("level", [0, 1, 2])
+def test_lines_of_words_are_as_many_and_as_long_as_the_level_says(plain: World, level: int) -> None:
+    for sample in drawn("lines", replace(plain, level=level), 60):
+        told = next((turn for turn in sample.turns if turn.kind == "words"), None)
+        if told is None:
+            continue
+        words = told.answer.replace(" and ", ", ").split(", ")
+        assert len(set(words)) == len(words) <= (2, 3, 5)[level]
+        assert all(word.isupper() and len(word) <= (3, 5, reading.LONGEST)[level] for word in words)
+        row = SIDE // len(words)
+        dark = np.ptp(sample.picture.astype(int).sum(-1), axis=1) > 150  # rows with ink
+        assert all(dark[i * row : (i + 1) * row].any() for i in range(len(words)))
 
 
 def test_emoji_are_where_they_are_said_to_be(plain: World) -> None:

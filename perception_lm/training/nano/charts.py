@@ -5,13 +5,12 @@ tenth of that, or several.
 """
 
 import random
-import string
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from perception_lm.training.nano.canvas import finish, ground, lettering, write
+from perception_lm.training.nano.reading import letters, listed
 from perception_lm.training.nano.scenes import once
 from perception_lm.training.nano.world import BAR_WORDS, FONTS, SIDE, Phrasings, Sample, Turn, World
 
@@ -137,7 +136,7 @@ def invent(draw: random.Random, world: World) -> tuple[Chart, str]:
     face = draw.choice(FONTS[world.split])
     chosen: list[str] = []
     while len(chosen) < bars:
-        word = draw.choices((bar_word, noun, letters), likely)[0](draw, world)
+        word = draw.choices((bar_word, noun, nonsense), likely)[0](draw, world)
         if word not in chosen and lettering(word, face, 8).shape[1] < LEFT - 1:
             chosen.append(word)
     end = draw.choice(ENDS)
@@ -155,10 +154,8 @@ def noun(draw: random.Random, world: World) -> str:
     return draw.choice(world.words).upper() if world.words else bar_word(draw, world)
 
 
-def letters(draw: random.Random, world: World) -> str:
-    """No word at all, so that none can be guessed from its beginning."""
-    word = "".join(draw.choices(string.ascii_uppercase, k=draw.randint(2, 5)))
-    return word if word.lower() not in BAR_WORDS["test"] else bar_word(draw, world)
+def nonsense(draw: random.Random, world: World) -> str:
+    return letters(draw)
 
 
 def size_of(chart: Chart, face: str) -> int:
@@ -192,8 +189,8 @@ def plot(draw: random.Random, world: World, chart: Chart, face: str) -> np.ndarr
 
 def describe(chart: Chart) -> Turn:
     """Categories, axis and values, as the reference's models describe a bar plot."""
-    names = _list(chart.names)
-    values = _list([f"{name} {value}" for name, value in zip(chart.names, chart.values, strict=True)])
+    names = listed(chart.names)
+    values = listed([f"{name} {value}" for name, value in zip(chart.names, chart.values, strict=True)])
     answer = (
         f"The bar plot displays the values of {NUMBERS[len(chart.names)]} categories: {names}. "
         f"The axis runs from 0 to {chart.end}. The values are {values}."
@@ -228,9 +225,4 @@ def axis(draw: random.Random, world: World, chart: Chart) -> Turn:
 
 
 def names(draw: random.Random, world: World, chart: Chart) -> Turn:
-    return Turn("names", world.phrase(draw, NAMES), _list(chart.names), {"names": chart.names})
-
-
-def _list(items: Sequence[str]) -> str:
-    *first, last = items
-    return f"{', '.join(first)} and {last}" if first else last
+    return Turn("names", world.phrase(draw, NAMES), listed(chart.names), {"names": chart.names})

@@ -73,22 +73,25 @@ def clips(draw: random.Random, world: World) -> Sample:
 
 
 def moving(draw: random.Random, world: World) -> Sample:
-    """One thing moves straight on; perhaps another rests. The middle of the way tells nothing of the direction."""
+    """One thing moves straight on; perhaps another rests.
+
+    The frame between tells neither the direction nor which of two moves: both things stand there where either could.
+    """
     names = _names(draw, 2 if draw.random() < 0.5 else 1)
     way = draw.choice(sorted(MOVES))
     right, down = MOVES[way]
-    size = draw.randrange(12, 19, STEP)
-    pace = draw.randrange(8, 13, STEP)  # pixels a frame
-    room = SIDE - size
-    reach = pace * (FRAMES - 1) // 2 + 1
-    middle = [draw.randint(reach, room - reach) for _ in range(2)]  # the same margins along the way and across it
+    size = draw.randrange(12, 17, STEP)
+    pace = draw.randrange(6, 9, STEP)  # pixels a frame
     steps = [(2 * i - (FRAMES - 1)) * pace // 2 for i in range(FRAMES)]
+    middles = _middles(draw, size, pace, len(names), across=int(right != 0))
     mover = Thing(*names[0], 0, 0, size, size)
-    path = [replace(mover, x=middle[0] + right * s, y=middle[1] + down * s) for s in steps]
+    path = [replace(mover, x=middles[0][0] + right * s, y=middles[0][1] + down * s) for s in steps]
     frames: list[list[Thing]] = [[thing] for thing in path]
     if len(names) > 1:
-        rest = Thing(*names[1], *_beside(draw, path, size), size, size)
-        frames = [[thing, rest] for thing in path]
+        step = draw.choice((-1, 1)) * steps[MIDDLE]  # as far from its middle as what moves is, in the frame between
+        rest = Thing(*names[1], middles[1][0] + abs(right) * step, middles[1][1] + abs(down) * step, size, size)
+        below = draw.random() < 0.5
+        frames = [[rest, thing] if below else [thing, rest] for thing in path]
     picture = _draw(draw, world, frames)
     name = mover.name
     told = Turn("caption", CAPTION_VIDEO, f"A {name} moves {way}.")
@@ -138,13 +141,16 @@ def _somewhere(draw: random.Random, size: int) -> tuple[int, int]:
     return x, y
 
 
-def _beside(draw: random.Random, path: list[Thing], size: int) -> tuple[int, int]:
-    """A place that the path does not touch, else a corner."""
-    for _ in range(50):
-        x, y = _somewhere(draw, size)
-        if all(abs(x - thing.x) >= size + 1 or abs(y - thing.y) >= size + 1 for thing in path):
-            return x, y
-    return 0, 0
+def _middles(draw: random.Random, size: int, pace: int, many: int, across: int) -> list[list[int]]:
+    """Where the ways of some things have their middles: far enough from the edges to move, and on ways of their own.
+
+    across  the axis that nothing moves along
+    """
+    reach = pace * (FRAMES - 1) // 2 + 1
+    while True:
+        middles = [[draw.randint(reach, SIDE - size - reach) for _ in range(2)] for _ in range(many)]
+        if many == 1 or abs(middles[0][across] - middles[1][across]) > size:
+            return middles
 
 
 def _draw(draw: random.Random, world: World, frames: list[list[Thing]]) -> np.ndarray:

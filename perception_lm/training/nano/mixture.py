@@ -15,7 +15,7 @@ from perception_lm.chat import Clip, Conversation, Message, Part, Picture, Text
 from perception_lm.training.nano.charts import charts
 from perception_lm.training.nano.clips import FRAMES, clips
 from perception_lm.training.nano.emoji import emoji, read_sprites
-from perception_lm.training.nano.reading import read_words, reading
+from perception_lm.training.nano.reading import lines, read_words, reading
 from perception_lm.training.nano.scenes import easy, shapes
 from perception_lm.training.nano.world import Sample, Split, World
 
@@ -24,10 +24,11 @@ TASKS: Mapping[str, Callable[[random.Random, World], Sample]] = {
     "shapes": shapes,
     "charts": charts,
     "reading": reading,
+    "lines": lines,
     "emoji": emoji,
     "clips": clips,
 }
-WEIGHTS = {"easy": 2.0, "shapes": 4.0, "charts": 4.0, "reading": 1.5, "emoji": 1.0, "clips": 2.5}
+WEIGHTS = {"easy": 2.0, "shapes": 4.0, "charts": 4.0, "reading": 1.5, "lines": 1.5, "emoji": 1.0, "clips": 2.5}
 
 
 class Mixture:
@@ -47,7 +48,7 @@ class Mixture:
         self.weights = dict(WEIGHTS if weights is None else weights)
         if strange := sorted(set(self.weights) - set(TASKS)):
             raise ConfigError(f"no tasks {strange}; there are {', '.join(TASKS)}")
-        for task, has in (("reading", world.words), ("emoji", world.sprites)):
+        for task, has in (("reading", world.words), ("lines", world.words), ("emoji", world.sprites)):
             if self.weights.get(task) and not has:
                 raise ConfigError(f"the world has nothing to draw for {task!r}; give its data, or weight 0")
         self._tasks = [task for task in TASKS if self.weights.get(task)]
@@ -108,7 +109,8 @@ def make(
 
 
 def _needs(weights: Mapping[str, float]) -> tuple[str, ...]:
-    return tuple(task for task in ("reading", "emoji") if weights.get(task))
+    words = ("reading",) if weights.get("reading") or weights.get("lines") else ()
+    return (*words, "emoji") if weights.get("emoji") else words
 
 
 @cache

@@ -1,8 +1,9 @@
-"""One word on a plain ground, in capitals, to be read."""
+"""Words on a plain ground, in capitals, to be read: one somewhere, or several one under another."""
 
 import hashlib
 import random
-from collections.abc import Iterable
+import string
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from perception.errors import MediaError
@@ -23,6 +24,31 @@ READ = Phrasings(
     ),
     ("Read the word in the image.", "Which word is written in the image?"),
 )
+WORDS = Phrasings(
+    (
+        "Which words are written here?",
+        "Read the words.",
+        "Read all words in the image.",
+        "What is written here, from top to bottom?",
+        "List the words.",
+        "Which words are in the image?",
+        "Which words do you see?",
+    ),
+    ("Read all the words.", "Which words are written in the image?"),
+)
+WHICH = Phrasings(
+    (
+        "What is the {} word?",
+        "Read the {} word.",
+        "Which word is the {} one?",
+        "Which word is written in the {} line?",
+        "What does the {} line say?",
+        "Read the {} line.",
+        "What is written in the {} line?",
+    ),
+    ("Which is the {} word?", "What is the word in the {} line?"),
+)
+PLACES = ("first", "second", "third", "fourth", "fifth")
 SIZES = (8, 9, 10, 12, 14)  # of letters, in pixels
 LONGEST = 7
 
@@ -39,6 +65,41 @@ def reading(draw: random.Random, world: World) -> Sample:
     x, y = draw.randint(1, SIDE - 1 - ink.shape[1]), draw.randint(0, SIDE - ink.shape[0])
     write(canvas, word, x, y, face, size, tuple(draw.randint(0, 90) for _ in range(3)))  # type: ignore[arg-type]
     return Sample("reading", finish(canvas)[None], (Turn("read", world.phrase(draw, READ), word),))
+
+
+def lines(draw: random.Random, world: World) -> Sample:
+    """Words one under another, half of them no words at all: a picture full of letters teaches more of them than one
+    with a word does, for the same cost."""
+    many = draw.choice(((2,), (2, 3), (2, 3, 4, 5))[world.level])
+    face, row = draw.choice(FONTS[world.split]), SIDE // many
+    size = draw.choice([size for size in SIZES if size <= row - 2])
+    longest = (3, 5, LONGEST)[world.level]
+    words: list[str] = []
+    while len(words) < many:
+        word = letters(draw) if not world.words or draw.random() < 0.5 else draw.choice(world.words).upper()
+        if word not in words and len(word) <= longest and lettering(word, face, size).shape[1] <= SIDE - 4:
+            words.append(word)
+    canvas, ink = ground(draw, world), tuple(draw.randint(0, 90) for _ in range(3))
+    for i, word in enumerate(words):
+        x = draw.randint(1, SIDE - 1 - lettering(word, face, size).shape[1])
+        write(canvas, word, x, i * row + draw.randint(0, row - size - 1), face, size, ink)  # type: ignore[arg-type]
+    told = Turn("words", world.phrase(draw, WORDS), listed(words))
+    turns = [Turn("line", world.phrase(draw, WHICH, PLACES[i]), words[i]) for i in draw.sample(range(many), many)]
+    return Sample("lines", finish(canvas)[None], tuple(world.telling(draw, turns, told)))
+
+
+def letters(draw: random.Random) -> str:
+    """No word at all, so that none can be guessed from its beginning; never a held-out name of a bar."""
+    word = ""
+    while not word or word.lower() in BAR_WORDS["test"]:
+        word = "".join(draw.choices(string.ascii_uppercase, k=draw.randint(2, 5)))
+    return word
+
+
+def listed(items: Sequence[str]) -> str:
+    """A, B and C"""
+    *first, last = items
+    return f"{', '.join(first)} and {last}" if first else last
 
 
 def read_words(data: Path, split: Split) -> tuple[str, ...]:
