@@ -2,9 +2,9 @@
 
 import ast
 import json
+import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -50,14 +50,20 @@ def test_import_leaves_the_heavy_packages_out() -> None:
 
 
 def test_import_costs_little_more_than_torch() -> None:
-    """At most 0.15 s over torch. The least of seven runs of each, in turn: a busy machine only ever adds."""
+    """At most 0.15 s over torch, in seconds of the processor: what else runs on the machine adds little to those.
+
+    The least of seven runs of each, in turn.
+    """
 
     def seconds(code: str) -> float:
-        start = time.perf_counter()
+        before = os.times()
         subprocess.run([sys.executable, "-c", code], check=True)
-        return time.perf_counter() - start
+        after = os.times()
+        return after.children_user - before.children_user + after.children_system - before.children_system
 
     seconds("import perception_encoder")  # fill the page cache and write the .pyc files
     pairs = [(seconds("import perception_encoder"), seconds("import torch")) for _ in range(7)]
     ours, torchs = (min(column) for column in zip(*pairs, strict=True))
-    assert ours - torchs <= 0.15, f"import perception_encoder costs {ours - torchs:.3f} s over torch"
+    # A processor shared by two threads or throttled is slower for both: the room grows with torch's own time.
+    room = 0.15 * max(1.0, torchs / 1.4)
+    assert ours - torchs <= room, f"import perception_encoder costs {ours - torchs:.3f} s over torch's {torchs:.3f} s"

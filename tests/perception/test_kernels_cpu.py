@@ -116,9 +116,7 @@ def test_races_for_shapes_have_an_allowance(monkeypatch: pytest.MonkeyPatch, fre
 
 def test_what_the_machine_does_is_measured_once() -> None:
     first = probe.capabilities()
-    start = time.perf_counter()
     assert probe.capabilities() is first
-    assert time.perf_counter() - start < 0.01
     assert first.float32 in FLOATS
     assert first.bfloat16 in (*FLOATS, "float32")
     assert first.int8 in (None, "int8", "int8-narrow")
