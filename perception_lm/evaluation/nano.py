@@ -18,7 +18,7 @@ import numpy as np
 from perception_lm.assistant import Assistant
 from perception_lm.regions import parse_boxes
 from perception_lm.training.nano.mixture import TASKS, Mixture, conversation
-from perception_lm.training.nano.world import SIDE, Sample, Turn, World
+from perception_lm.training.nano.world import COLOURS, SHAPES, SIDE, Sample, Turn, World
 
 GREY = 127
 
@@ -142,25 +142,39 @@ def distance(a: str, b: str) -> int:
 
 
 class Prior:
-    """What an answer is without looking: the most frequent one to the same question, else to the same kind."""
+    """What an answer is without looking: the most frequent one to the same question, to others of its wording, or to
+    its kind; the first of these that was asked often enough to tell."""
+
+    ENOUGH = 10
 
     def __init__(self, seen: Iterable[Sample]):
-        by_text: dict[str, Counter[str]] = defaultdict(Counter)
-        by_kind: dict[str, Counter[str]] = defaultdict(Counter)
+        counts: dict[str, Counter[str]] = defaultdict(Counter)
+        kinds: dict[str, Counter[str]] = defaultdict(Counter)
         for sample in seen:
             for turn in sample.turns:
-                by_text[turn.question][turn.answer] += 1
-                by_kind[f"{sample.task}: {turn.kind}"][turn.answer] += 1
-        self.by_text = {text: count.most_common(1)[0][0] for text, count in by_text.items()}
-        self.by_kind = {kind: count.most_common(1)[0][0] for kind, count in by_kind.items()}
-        self.answers: Mapping[str, int] = {kind: len(count) for kind, count in by_kind.items()}
+                kinds[f"{sample.task}: {turn.kind}"][turn.answer] += 1
+                for text in (turn.question, wording(turn.question)):
+                    counts[text][turn.answer] += 1
+        self.by_text = {
+            text: count.most_common(1)[0][0] for text, count in counts.items() if count.total() >= self.ENOUGH
+        }
+        self.by_kind = {kind: count.most_common(1)[0][0] for kind, count in kinds.items()}
+        self.answers: Mapping[str, int] = {kind: len(count) for kind, count in kinds.items()}
 
     def majority(self, question: Question) -> str:
         return self.by_kind.get(question.kind, "")
 
     def guess(self, question: Question) -> str:
         """By the question's words, as a model that cannot see may learn it."""
-        return self.by_text.get(question.turn.question, self.majority(question))
+        for text in (question.turn.question, wording(question.turn.question)):
+            if text in self.by_text:
+                return self.by_text[text]
+        return self.majority(question)
+
+
+def wording(question: str) -> str:
+    """A question with what differs from picture to picture left out: boxes, numbers, names, colours, shapes."""
+    return re.sub(r"\[[\d,]+\]|\b(?:\d+|[A-Z]{2,}|" + "|".join((*COLOURS, *SHAPES)) + r")s?\b", "_", question)
 
 
 def centre_box() -> str:
@@ -168,4 +182,4 @@ def centre_box() -> str:
     return "[250,250,750,750]"
 
 
-__all__ = ["TASKS", "Prior", "Question", "ask", "blinded", "centre_box", "questions", "scores"]
+__all__ = ["TASKS", "Prior", "Question", "ask", "blinded", "centre_box", "questions", "scores", "wording"]

@@ -375,6 +375,30 @@ def test_prior_answers_without_looking(plain: World) -> None:
     assert [q.turn for q in blind] == [q.turn for q in asked]
 
 
+def test_prior_knows_wordings() -> None:
+    frames = np.zeros((1, 2, 2, 3), np.uint8)
+
+    def asked(question: str, answer: str) -> Sample:
+        return Sample("shapes", frames, (Turn("compare", question, answer),))
+
+    names = ["red circle", "blue star", "green cross", "teal triangle"]
+    pairs = [(a, b) for a in names for b in names if a != b]
+    seen = [asked(f"Is the {a} larger than the {b}?", "no" if a < b else "yes") for a, b in pairs] * 9
+    seen += [asked(f"Which is larger, the {a} or the {b}?", a) for a, b in pairs] * 10
+    seen += [asked("Is the red star larger than the red cross?", "no")] * 2  # too few to tell
+    prior = evaluation.Prior(seen)
+    q = evaluation.Question(seen[0], Turn("compare", "Is the red star larger than the red cross?", "yes"))
+    assert prior.guess(q) == "no"
+    known = evaluation.Question(seen[0], Turn("compare", "Which is larger, the teal triangle or the red circle?", ""))
+    assert prior.guess(known) == "teal triangle"
+    assert evaluation.wording("What is in [1,20,300,999] of OAK, 50 red stars?") == "What is in _ of _, _ _ _?"
+    other = evaluation.Question(seen[0], Turn("compare", "Which is larger, the gray star or the brown cross?", ""))
+    assert prior.guess(other) in names
+    assert prior.majority(other) == "no"
+    strange = evaluation.Question(seen[0], Turn("compare", "What?", ""))
+    assert prior.guess(strange) == prior.majority(strange)
+
+
 def test_questions_are_asked_alone(plain: World) -> None:
     asked: Callable = lambda: evaluation.questions(plain, "shapes", 10, kinds=("count",))  # noqa: E731
     assert {q.turn.kind for q in asked()} == {"count"}
