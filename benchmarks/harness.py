@@ -3,7 +3,8 @@
 Every round runs each contender and the limit kernel (a matrix product of the model's shape in the same dtype, or a
 sweep over memory) until `LEAST` seconds are used, in an order that turns from round to round. A ratio is taken inside a
 round and the median over the rounds counts, so what slows the whole machine for a while slows both sides. A round in
-which the limit kernel is more than 20 % off its own median is dropped; fewer than seven good rounds are no result.
+which the limit kernel is more than 20 % off its own median is dropped; fewer than seven good rounds are no result, and
+a figure that rests on fewer always says on how many.
 """
 
 import argparse
@@ -233,7 +234,8 @@ def describe(
             contenders[name] = {"ms": spread([1e3 * seconds for seconds in rounds.of(name) or rounds.seconds[name]])}
             if rounds.limit is not None and rounds.work.get(name) and rounds.good:
                 contenders[name]["share of limit"] = spread(rounds.shares(name))
-    case: dict[str, Any] = {**conditions(threads), "contenders": contenders}
+    count, good = len(next(iter(rounds.seconds.values()), [])), len(rounds.good)
+    case: dict[str, Any] = {**conditions(threads), "rounds": count, "good rounds": good, "contenders": contenders}
     if rounds.limit is not None:
         rates = [1e-9 * rounds.limit.work / seconds for seconds in rounds.seconds["limit"]]
         case["limit"] = {"unit": rounds.limit.unit, **spread(rates)}
@@ -245,7 +247,7 @@ def show(name: str, case: Mapping[str, Any]) -> None:
     """A case for the eyes."""
     limit = f"   limit {case['limit']['median']:.4g} {case['limit']['unit']}" if "limit" in case else ""
     threads = f", {case['threads']} threads" if case["threads"] else ""
-    print(f"\n{name}{threads}{limit}")
+    print(f"\n{name}{threads}{limit}{few(case)}")
     for contender, found in case.get("contenders", {}).items():
         share = f"   {found['share of limit']['median']:.2f}" if "share of limit" in found else ""
         print(f"  {contender:44} {found['ms']['median']:10.2f} ms{share}")
@@ -257,9 +259,18 @@ def show(name: str, case: Mapping[str, Any]) -> None:
 
 
 def in_words(row: Mapping[str, Any]) -> str:
-    value = f"{row['median']:.2f} [{row['p10']:.2f}-{row['p90']:.2f}]" if "median" in row else "-"
+    value = f"{row['median']:.2f}{few(row)} [{row['p10']:.2f}-{row['p90']:.2f}]" if "median" in row else "-"
     against = f" / {row['peer']}" if "peer" in row else ""
     return f"{row['what']}{against}: {value}, gate {row['gate']} ({row['aim']}): {row['verdict']}"
+
+
+def few(row: Mapping[str, Any]) -> str:
+    """ " (3 rounds)" behind a figure that rests on fewer than `GOOD` of them, whatever its verdict."""
+    for key, word in (("good rounds", "round"), ("runs", "run")):
+        count = row.get(key, GOOD)
+        if count < GOOD:
+            return f" ({count} {word}{'s' * (count != 1)})"
+    return ""
 
 
 @dataclass

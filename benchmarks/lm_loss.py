@@ -70,6 +70,7 @@ def main() -> None:
         if chosen.wants(case) and not chosen.quick:
             cases[case] = memory(passes)
             show(case, cases[case])
+            print(f"  extra MB: {cases[case]['extra MB']}", flush=True)
             save("lm_loss", __doc__, cases, chosen)
 
 
@@ -91,7 +92,8 @@ def memory(passes: int) -> dict:
     found: dict[str, list[float]] = {}
     for how in LOSSES:
         command = [sys.executable, __file__, "--one", how, "1024", str(passes)]
-        found[how] = [json.loads(subprocess.check_output(command, text=True)) for _ in range(3)]
+        runs = [subprocess.check_output(command, text=True) for _ in range(3)]
+        found[how] = [round(json.loads(run.splitlines()[-1]), 1) for run in runs]
     ratios = [ours / theirs for ours, theirs in zip(*found.values(), strict=True)]
     gates = [at_most("loss step: extra memory / all positions", ratios, 0.5, 0.4)] if passes == 1 else []
     return {**conditions(0), "extra MB": found, "positions": 1024, "ratios": ratios, "gates": gates}

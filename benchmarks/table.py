@@ -4,10 +4,11 @@ python benchmarks/table.py
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from harness import few
 from record import RESULTS, ROOT
 
 START, END = "<!-- benchmarks:start -->", "<!-- benchmarks:end -->"
@@ -15,37 +16,52 @@ README = ROOT / "README.md"
 ORDER = ("encoder", "text", "pixels", "tiling", "decode", "load", "import_time", "first_image", "lm_loss", "retrieval")
 
 
+NOTES = """\
+A cell is the median over the rounds of one run; spread and conditions are in `benchmarks/results`. *(3 rounds)*: it
+rests on so many good ones, fewer than the seven of a verdict (three, where whole processes are the runs). *not judged*:
+the gate was set for processors with instructions that this one lacks; the ratio is what it is here. *inconclusive*: too
+few good rounds, or too wide a spread. *not run*: a side of it did not run here, or nobody measured it with so many
+threads. Where threads are left alone (files, whole processes, a GPU) the figure stands in the first column.
+"""
+PEERS = """\
+*Best peer* is the fastest in `encoder.py`; *published transform* (`pixels.py`), *plain Pillow* (`tiling.py`) and *usual
+pattern* (`load.py`) are the published algorithm, written plainly. *N class prompts* of the text row: 64, or fewer where
+open_clip would take longer than 10 s, as in bfloat16 on a processor that has none.
+"""
+
+
 def rows(results: Path = RESULTS) -> dict[str, dict[int, dict[str, Any]]]:
     """Every gate there is a result of: what it is about -> threads -> row; threads 0: they mean nothing there."""
     found: dict[str, dict[int, dict[str, Any]]] = {}
-    files = sorted(results.glob("*.json"), key=lambda file: (_place(file.stem), file.stem))
-    for file in files:
-        content = json.loads(file.read_text("utf-8"))
-        cases = content.get("cases", {}) if isinstance(content, dict) else {}
-        for case in cases.values() if isinstance(cases, Mapping) else ():
-            for row in case.get("gates", ()) if isinstance(case, Mapping) else ():
-                found.setdefault(row["what"], {})[case.get("threads") or 0] = row
+    for _, case in _cases(results):
+        for row in case["gates"]:
+            found.setdefault(row["what"], {})[case.get("threads") or 0] = row
     return found
 
 
 def render(results: Path = RESULTS) -> str:
     """The table in Markdown."""
-    names = sorted({name for file in results.glob("*.json") if (name := _processor(file))})
-    lines = [
-        f"Measured on {'; '.join(names) or 'nothing yet'}. A cell is the median over the rounds of one run; spread",
-        "and conditions are in `benchmarks/results`. *not judged*: the gate was set for processors with instructions",
-        "that this one lacks; the ratio is what it is here. *inconclusive*: fewer than seven good rounds, or too wide",
-        "a spread.",
-        "",
-        "| what | gate (aim) | 1 thread | 2 threads |",
-        "|---|--:|--:|--:|",
-    ]
+    lines = ["| what | gate (aim) | 1 thread | 2 threads |", "|---|--:|--:|--:|"]
     for what, cells in rows(results).items():
-        one, two = cells.get(1) or cells.get(0), cells.get(2)
         row = next(iter(cells.values()))
         gate = f"{'≤ ' if row.get('at most') else ''}{row['gate']} ({row['aim']})"
-        lines.append(f"| {what} | {gate} |{_cell(one)}|{_cell(two)}|")
-    return "\n".join(lines) + "\n"
+        columns = (_cell(cells[0]), "-") if 0 in cells else (_cell(cells.get(1)), _cell(cells.get(2)))
+        lines.append(f"| {what} | {gate} | {' | '.join(columns)} |")
+    return "\n".join([NOTES, *lines, "", measured_on(results), "", PEERS])
+
+
+def measured_on(results: Path = RESULTS) -> str:
+    """Machines, and what was installed on them, in one line: of the files that hold a figure."""
+    machines, ours, peers = set(), set(), set()
+    for content, case in _cases(results):
+        if any("median" in row for row in case["gates"]):
+            machines |= {_machine(content)} | {found["device"] for found in [case.get("gpu")] if found}
+            ours |= _packages(content.get("versions", {}))
+            peers |= _packages(content.get("peers", {})) | _packages(case.get("versions of", {}))
+    if not machines:
+        return "Measured on nothing yet."
+    software = ", ".join(sorted(ours)), ", ".join(sorted(peers - ours))
+    return f"Measured on {'; '.join(sorted(machines))}. " + "; peers: ".join(filter(None, software)) + "."
 
 
 def in_readme(readme: str, results: Path = RESULTS) -> str:
@@ -59,19 +75,35 @@ def in_readme(readme: str, results: Path = RESULTS) -> str:
 
 def _cell(row: Mapping[str, Any] | None) -> str:
     if row is None:
-        return " "
+        return "not run"
     verdict = {"missed": "**missed**", "not judged here": "*not judged*"}.get(row["verdict"], row["verdict"])
-    return f" {row['median']:.2f} {verdict} " if "median" in row else f" {verdict} "
+    return f"{row['median']:.2f}{few(row)} {verdict}" if "median" in row else f"{verdict}{few(row)}"
+
+
+def _cases(results: Path) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
+    """Every case that has gates, with the whole content of its file."""
+    for file in sorted(results.glob("*.json"), key=lambda file: (_place(file.stem), file.stem)):
+        content = json.loads(file.read_text("utf-8"))
+        cases = content.get("cases", {}) if isinstance(content, dict) else {}
+        for case in cases.values() if isinstance(cases, Mapping) else ():
+            if isinstance(case, Mapping) and "gates" in case:
+                yield content, case
 
 
 def _place(name: str) -> int:
     return ORDER.index(name) if name in ORDER else len(ORDER)
 
 
-def _processor(file: Path) -> str | None:
-    content = json.loads(file.read_text("utf-8"))
-    found = content.get("processor") if isinstance(content, dict) else None
-    return f"{found['name']} ({found['torch uses']})" if found and "torch uses" in found else (found or {}).get("name")
+def _machine(content: Mapping[str, Any]) -> str:
+    found = content.get("processor", {})
+    name = content.get("machine") or found.get("name", "an unknown machine")
+    known = [found["torch uses"]] if "torch uses" in found else []
+    known += [flag for flag in found.get("flags", ()) if flag.islower()]  # its maker stands in the name
+    return f"{name} ({', '.join(known)})" if known else name
+
+
+def _packages(versions: Mapping[str, str]) -> set[str]:
+    return {f"{name} {version}" for name, version in versions.items() if version != "not installed"}
 
 
 def main() -> None:

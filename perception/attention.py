@@ -5,13 +5,22 @@ B batch  N queries  S keys  heads  head_dim  L documents laid end to end
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from threading import RLock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention import sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Kernel = Callable[[Tensor, Tensor, Tensor, bool, Tensor | None], Tensor]
+# On a Hopper GPU PyTorch's own order begins with cuDNN, which builds a plan for each new shape: some 30 ms, at every
+# token while a cache grows and at every prompt of another length.
+ORDER = (
+    SDPBackend.FLASH_ATTENTION,
+    SDPBackend.EFFICIENT_ATTENTION,
+    SDPBackend.CUDNN_ATTENTION,
+    SDPBackend.MATH,
+)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool = False, mask: Tensor | None = None) -> Tensor:
@@ -78,11 +87,15 @@ def attention_kernel(name: str) -> Iterator[None]:
 
     "auto"       the default: "sdpa" on a CPU; on a GPU the fastest of those below for this head size, dtype and length,
                  measured when first met
-    "sdpa"       the kernel PyTorch chooses
+    "sdpa"       PyTorch's kernels: on a GPU the first of flash, efficient, cuDNN and the plain formula that takes the
+                 tensors, and inside `torch.compile` the one that PyTorch chooses
     "flash", "cudnn", "efficient"
                  that one of PyTorch's kernels where it can be used, and "sdpa" where it cannot
     "flex"       FlexAttention, compiled on a GPU
     "reference"  the formula in float32
+
+    The choice is one for the whole process, and so are PyTorch's flags behind it, which a call on a GPU sets and puts
+    back. Our own threads take turns at them; attention that another library calls meanwhile sees them too.
     """
     global _active  # noqa: PLW0603  the one mutable global: model code carries no kernel argument because of it
     if name not in KERNELS:
@@ -111,7 +124,16 @@ def reference(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
-    """PyTorch's fused kernels. Its own `is_causal` counts from the first key, so it is used only when N = S."""
+    """PyTorch's fused kernels, on a GPU in our order. A compiler plans ahead, and is left to choose itself."""
+    if not q.is_cuda or torch.compiler.is_compiling():
+        return fused(q, k, v, causal, mask)
+    # Also while a graph is recorded: what it was warmed up with has to be what it records.
+    with among(*ORDER):
+        return fused(q, k, v, causal, mask)
+
+
+def fused(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
+    """PyTorch's function. Its own `is_causal` counts from the first key, so it is used only when N = S."""
     n, s, shared = q.shape[1], k.shape[1], q.shape[2] != k.shape[2]
     if causal and n < s:  # a single query sees all
         causal, mask = False, causal_mask(n, s, q.device) if n > 1 else None
@@ -129,16 +151,27 @@ def auto(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> 
     return KERNELS[fastest(q, k, v, causal, mask)](q, k, v, causal, mask)
 
 
+_flags = RLock()
+
+
+@contextmanager
+def among(*backends: SDPBackend) -> Iterator[None]:
+    """PyTorch's attention takes the first of these that it can. The flags are the process's, so threads take turns."""
+    with _flags, sdpa_kernel(list(backends), set_priority=True):
+        yield
+
+
 def only(backend: str) -> Kernel:
-    """One of PyTorch's fused kernels where it takes these tensors; PyTorch's own choice where it does not."""
+    """One of PyTorch's fused kernels where it takes these tensors; "sdpa" where it does not."""
 
     def kernel(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> Tensor:
         from perception.kernels.measured import backend_of, usable
 
         if not usable(backend, q, k, v, causal, mask):
             return sdpa(q, k, v, causal, mask)
-        with sdpa_kernel(backend_of(backend)):
-            return sdpa(q, k, v, causal, mask)
+        chosen = backend_of(backend)
+        with sdpa_kernel(chosen) if torch.compiler.is_compiling() else among(chosen):  # a compiler knows no locks
+            return fused(q, k, v, causal, mask)
 
     return kernel
 

@@ -818,6 +818,47 @@ def save_folder(folder: str | Path, state: Mapping[str, Tensor], config: Mapping
         raise CheckpointError(f"cannot save to {folder}: {error}; what was there before is unharmed") from error
 
 
+# What folders of any layout say of their model; and what in it is not the model's: how it is stored.
+CONFIGS = (CONFIG, "open_clip_config.json", "params.json")
+STORED = {"weights", "tokenizer", "name", "dtype", "torch_dtype", "model_dtype", "transformers_version"}
+
+
+def check_folder(path: Path, what: str) -> None:
+    """ConfigError when `path` is a file, or is called as a file of weights would be, and `what` is a folder."""
+    suffixes = (".safetensors", *TORCH_SUFFIXES)
+    if path.suffix in suffixes or (path.exists() and not path.is_dir()):
+        why = f"a name without {path.suffix}" if path.suffix in suffixes else "another name, for this is a file"
+        raise ConfigError(f"{path}: {what} is a folder; give {why}")
+
+
+def check_vacant(folder: Path, name: str, config: Mapping[str, Any]) -> None:
+    """ConfigError when `folder` holds another model than the one whose `config` would be written to it as `name`.
+
+    The same one may be written again, in another dtype, too.
+    """
+    for there in CONFIGS:
+        if (folder / there).exists() and not (there == name and _is_of(folder, there, config)):
+            raise ConfigError(
+                f"{folder} holds another model, as its {there} says; give another folder, or replace it with --force "
+                "(in Python, replace=True)"
+            )
+
+
+def _is_of(folder: Path, name: str, config: Mapping[str, Any]) -> bool:
+    try:
+        found = read_json(inside(folder, name), MAX_CONFIG, ConfigError)
+    except (ConfigError, CheckpointError):
+        return False
+    return _model_of(found) == _model_of(json.loads(json.dumps(config)))
+
+
+def _model_of(config: Any) -> Any:
+    """A config without what says how it is stored."""
+    if not isinstance(config, dict):
+        return config
+    return {key: _model_of(value) for key, value in config.items() if key not in STORED}
+
+
 def _save(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     handle, name = tempfile.mkstemp(prefix=TEMPORARY, suffix=".safetensors", dir=folder)
     os.close(handle)

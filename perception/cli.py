@@ -3,13 +3,15 @@
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from perception.errors import LimitError, PerceptionError
+from perception.errors import ConfigError, LimitError, PerceptionError
 
 GROUP = "perception.commands"
 INTERNAL_ERROR = 70  # EX_SOFTWARE of sysexits.h: a fault of ours, not of the input
@@ -42,9 +44,12 @@ def build() -> typer.Typer:
 
 def main() -> None:
     """Run the command. Every error is one line on stderr: exit 1 for input or memory, 2 for usage, 70 for our fault."""
+    warnings.showwarning = lambda message, *_, **__: note(f"warning: {message}")  # the usual one shows source besides
     try:
         build()(prog_name="perception")
-    except (PerceptionError, ValueError, LookupError, TypeError, OSError) as error:
+    except (TypeError, KeyError, IndexError) as error:  # what a user wrote raises none of these: a slip of ours does
+        _fail(error, INTERNAL_ERROR)
+    except (PerceptionError, ValueError, LookupError, OSError) as error:
         if isinstance(error, BrokenPipeError):  # `perception models | head`: the reader has what it wanted
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115, PTH123  so that the flush at exit does not fail again
             raise SystemExit(0) from None
@@ -85,6 +90,14 @@ def show(value: Any, as_json: bool, text: Callable[[], str]) -> None:
 def note(message: str) -> None:
     """A remark on stderr, so that stdout stays what was asked for."""
     typer.echo(message, err=True)
+
+
+def check_picture(out: Path) -> None:
+    """ConfigError when no picture can be written under this name."""
+    from PIL import Image
+
+    if Image.registered_extensions().get(out.suffix.lower()) not in Image.SAVE:
+        raise ConfigError(f"--out {out} has no picture suffix; use .png")
 
 
 def table(rows: list[list[str]], header: list[str]) -> str:

@@ -13,6 +13,10 @@ class ConfigError(PerceptionError, ValueError):
     """A setting that cannot be true."""
 
 
+class UnknownName(PerceptionError, LookupError):
+    """A name that nothing here has. The message has the nearest ones."""
+
+
 class MediaError(PerceptionError, ValueError):
     """A picture or a video that cannot be read."""
 

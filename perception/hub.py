@@ -99,8 +99,10 @@ def _local(reference: str | Path) -> Path | None:
     text = str(reference)
     if text.startswith("hf://"):
         return None
-    if "\0" in text or any(len(part) > 255 for part in text.split("/")) or len(text) > 4096:
-        raise ConfigError(f"{text[:80]!r} is no path and no hub id: it has a NUL byte, or a name longer than 255")
+    if not text or "\0" in text or any(len(part) > 255 for part in text.split("/")) or len(text) > 4096:
+        raise ConfigError(
+            f"{text[:80]!r} is no path and no hub id: it is empty, or has a NUL byte or a name longer than 255"
+        )
     path = Path(text).expanduser()
     if path.exists():
         return path

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from perception.errors import ConfigError
 
-Quantize = Literal["int8", "int4"]
+Quantize = Literal["int8", "int4", "fp8"]
 
 
 @dataclass(frozen=True)
@@ -17,7 +17,8 @@ class Plan:
     """How a fast twin is to be made.
 
     quantize  "int8": encoders compute in int8 (weights and activations), decoders keep int8 weights; "int4": decoders
-              keep int4 weights and encoders compute in int8; None: nothing is rounded
+              keep int4 weights and encoders compute in int8; "fp8": both compute in 8-bit floats, on a GPU; None:
+              nothing is rounded
     keep      the model stays whole; False gives up each of its weights once the twin holds it in its own layout
     build     compiled kernels may be built where a compiler is at hand
     """
@@ -31,15 +32,19 @@ def optimize(model: Any, quantize: Quantize | None = None, *, keep: bool = True,
     """A twin of `model` for inference that takes the same calls and is faster.
 
     model     anything whose class names its twin: CLIP, VisionTransformer, TextTransformer, PerceptionLM, Assistant
-    quantize  None is exact up to rounding; "int8" and "int4" trade a little accuracy for speed and memory. An encoder's
-              pooling stays exact, and on a CPU its first block. Tests hold PE-Core-nano on a CPU to a cosine above
-              0.999 for embeddings and for 99 of 100 patches, and above 0.998 for all
+    quantize  None is exact up to rounding; "int8", "int4" and "fp8" trade a little accuracy for speed and memory. An
+              encoder's pooling stays exact, and on a CPU its first block. Tests hold PE-Core-nano on a CPU to a cosine
+              above 0.999 for embeddings and for 99 of 100 patches, and above 0.998 for all. On CUDA eight bits stand
+              behind a gate: products that lose too much stay exact, and more of them until the whole model's output on
+              a made-up input keeps a cosine of 0.999, or 0.995 in "fp8", which needs a GPU of capability 9.0
     keep      False empties `model` while the twin is made, so that both never fill the memory together; True may take
               three times the weights on a CPU: the model's, and a layout each for few and for many rows
     build     False never starts a compiler; kernels compiled before are still used
 
-    `twin.plain` is the model itself, untouched (None after keep=False). Which operators the twin uses was measured on
-    this machine. Raises ConfigError for a model without a twin and for settings that do not fit it.
+    `twin.plain` is the model itself (None after keep=False): its parameters keep their names, shapes and values, train
+    and save as before. On CUDA a decoder's q, k and v weights, and its gate and up, become parts of one storage, which
+    the twin reads as one matrix. Which operators the twin uses was measured on this machine. Raises ConfigError for a
+    model without a twin and for settings that do not fit it or the device it lies on.
     """
     if quantize is not None and quantize not in get_args(Quantize):
         raise ConfigError(f"no quantisation {quantize!r}; there are: {', '.join(get_args(Quantize))}, or None")
@@ -70,7 +75,29 @@ def optimize_part(part: Any, plan: Plan) -> Any:
     return twin
 
 
-class FastPart(nn.Module):
+def check_device(plan: Plan, device: torch.device) -> None:
+    """ConfigError for a `quantize` that a device of this kind does not compute in."""
+    if plan.quantize == "fp8" and device.type != "cuda":
+        raise ConfigError(
+            f"fp8 is for CUDA devices of capability 9.0, and the model lies on {device}; move it there, or take "
+            "quantize='int8' or 'int4'"
+        )
+
+
+class Twin:
+    """What fast twins refuse, parts and whole models alike."""
+
+    def compile(self, **options: Any) -> None:
+        """Raises ConfigError: nn.Module's would reach `forward` alone, not `pooled` or `encode_image`; and the compiler
+        does not see into packed weights and kernels of our own."""
+        raise ConfigError(
+            f"a fast twin's operators are chosen already, and {type(self).__name__}.compile() would find none to fuse; "
+            "compile the calls of `.plain` that you need, as in torch.compile(clip.plain.encode_image). The twin of a "
+            "vision tower on CUDA compiles its large batches: clip.vision.compile()"
+        )
+
+
+class FastPart(Twin, nn.Module):
     """What fast parts share: they compute, and refuse to be trained, moved or saved, as their weights are packed."""
 
     def __init__(self) -> None:

@@ -1,7 +1,10 @@
 """Names to things."""
 
 import difflib
+from collections.abc import Iterable
 from typing import Generic, TypeVar
+
+from perception.errors import UnknownName
 
 T = TypeVar("T")
 
@@ -23,13 +26,18 @@ class Registry(Generic[T]):
         self._things[name] = thing
 
     def get(self, name: str) -> T:
-        """The thing of that name; LookupError with the nearest names otherwise."""
-        if name in self._things:
-            return self._things[name]
-        folded = {known.casefold(): known for known in self._things}
-        near = [folded[close] for close in difflib.get_close_matches(name.casefold(), folded, n=3)]
-        hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are: {', '.join(self.names())}"
-        raise LookupError(f"no {self.kind} named {name!r}; {hint}")
+        """The thing of that name. Raises UnknownName."""
+        if name not in self._things:
+            raise unknown(self.kind, name, self._things)
+        return self._things[name]
 
     def names(self) -> list[str]:
         return sorted(self._things)
+
+
+def unknown(kind: str, name: str, known: Iterable[str]) -> UnknownName:
+    """The error for a name that is not among those that are known, with the nearest of them."""
+    folded = {one.casefold(): one for one in sorted(known)}
+    near = [folded[close] for close in difflib.get_close_matches(name.casefold(), folded, n=3)]
+    hint = f"did you mean {' or '.join(map(repr, near))}?" if near else f"there are: {', '.join(folded.values())}"
+    return UnknownName(f"no {kind} named {name!r}; {hint}")

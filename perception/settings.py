@@ -43,6 +43,9 @@ def _value(hint: Any, value: object, where: str) -> Any:
                 return _value(option, value, where)
             except ConfigError:
                 continue
+        tables = [option for option in arguments if is_dataclass(option)]
+        if isinstance(value, Mapping) and len(tables) == 1:
+            return _value(tables[0], value, where)  # its error says which key; "expected one of these" does not
     elif origin is Literal:
         if value in arguments:
             return value
@@ -64,7 +67,10 @@ def _value(hint: Any, value: object, where: str) -> Any:
 
 
 def _name(hint: Any) -> str:
-    return hint.__name__ if isinstance(hint, type) else str(hint).replace("typing.", "")
+    if get_origin(hint) in (Union, types.UnionType):
+        return " | ".join("None" if option is type(None) else _name(option) for option in get_args(hint))
+    plain = isinstance(hint, type) and get_origin(hint) is None
+    return hint.__name__ if plain else str(hint).replace("typing.", "")
 
 
 def _show(value: object) -> str:

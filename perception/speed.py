@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import entry_points
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -29,12 +29,14 @@ class Case:
     flops  of one call
     plain  one call of the model as it loads
     fast   makes its optimised twin and returns one call of that; slow itself, so it is asked for when it is needed
+    read   bytes of weights that one call reads; 0 where so many rows share them that reading is no matter
     """
 
     name: str
     flops: float
     plain: Callable[[], object]
     fast: Callable[[], Callable[[], object]]
+    read: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -54,13 +56,15 @@ class Limits:
 
 @dataclass(frozen=True)
 class Reached:
-    """Milliseconds of one call, and the part of the float32 product's rate it reaches, plain and optimised."""
+    """Milliseconds of one call, plain and optimised, and the part each reaches of what binds it: the float32 product's
+    rate or the memory's, whichever would take longer. Weights that fit into a cache are read faster than memory."""
 
     name: str
     plain_ms: float
     plain_share: float
     fast_ms: float
     fast_share: float
+    bound: Literal["product", "memory"]
 
 
 def limits() -> Limits:
@@ -98,13 +102,15 @@ def reached(case: Case, limit: Limits) -> Reached:
     """Run one case, plain and optimised in turn."""
     fast = case.fast()
     plain_seconds, fast_seconds = _in_turn(case.plain, fast)
-    peak = 1e9 * limit.float32
+    product, memory = case.flops / (1e9 * limit.float32), case.read / (1e9 * limit.read)  # seconds at the least
+    least = max(product, memory)
     return Reached(
         name=case.name,
         plain_ms=1e3 * plain_seconds,
-        plain_share=case.flops / plain_seconds / peak,
+        plain_share=least / plain_seconds,
         fast_ms=1e3 * fast_seconds,
-        fast_share=case.flops / fast_seconds / peak,
+        fast_share=least / fast_seconds,
+        bound="memory" if memory > product else "product",
     )
 
 
@@ -120,11 +126,13 @@ def report(limit: Limits, found: Sequence[Reached]) -> str:
         f"  matrix product, GFLOP/s    float32 {limit.float32:.0f}   bfloat16 {limit.bfloat16:.0f}   int8 {int8}",
         f"  reading memory, GB/s       {limit.read:.1f}",
         "",
-        f"{'models, float32':<40}{'plain':>12}{'of limit':>10}{'optimised':>12}{'of limit':>10}",
+        f"{'models, float32':<40}{'plain':>12}{'of limit':>10}{'optimised':>12}{'of limit':>10}  limit",
     ]
     for row in found:
         plain = f"{row.plain_ms:>9.1f} ms{row.plain_share:>10.0%}"
-        lines.append(f"  {row.name:<38}{plain}{row.fast_ms:>9.1f} ms{row.fast_share:>10.0%}")
+        lines.append(f"  {row.name:<38}{plain}{row.fast_ms:>9.1f} ms{row.fast_share:>10.0%}  {row.bound}")
+    if any(row.bound == "memory" and max(row.plain_share, row.fast_share) > 1 for row in found):
+        lines.append("  More than all of the memory's rate: these weights stay in a cache.")
     return "\n".join(lines)
 
 

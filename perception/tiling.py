@@ -67,7 +67,8 @@ def tile_image(
 
     image      whatever `perception.media.read_image` reads
     spec       mean, std and interpolation; its size must be `tile`. Bicubic, 0.5 and 0.5 by default. A fast one
-               (`spec.fast()`) resizes faster, within one code; JPEGs are decoded whole in any case
+               (`spec.fast()`) resizes faster, bicubic within two codes where Pillow takes the width first
+               (`FastPixels` has the exceptions); JPEGs are decoded whole in any case
     thumbnail  False: the tiles alone. With max_tiles=1 that is the picture in one square
     dtype      a floating dtype; computed in float32 and rounded once. `tile_codes` gives uint8
 

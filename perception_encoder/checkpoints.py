@@ -14,7 +14,18 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from perception.checkpoint import Converted, Rule, convert, prefixed, save_folder, write_safetensors
+from perception.checkpoint import (
+    CONFIG,
+    TORCH_SUFFIXES,
+    Converted,
+    Rule,
+    check_folder,
+    check_vacant,
+    convert,
+    prefixed,
+    save_folder,
+    write_safetensors,
+)
 from perception.errors import CheckpointError, ConfigError
 from perception.files import atomic_write
 from perception.pixels import PixelSpec
@@ -349,7 +360,10 @@ def _folder_config(model: nn.Module) -> FolderConfig:
 # --- Other people's formats ------------------------------------------------------------------------------------------
 
 
-def export(model: nn.Module, path: str | Path, layout: str = "reference") -> None:
+WRITTEN = ("reference", "timm", "open_clip", "native")
+
+
+def export(model: nn.Module, path: str | Path, layout: str = "reference", *, replace: bool = True) -> None:
     """Write a CLIP model or a vision tower in another library's names.
 
     "reference"  a `.pt` file: one flat dictionary, as published
@@ -357,23 +371,40 @@ def export(model: nn.Module, path: str | Path, layout: str = "reference") -> Non
     "open_clip"  CLIP models. The same, for `open_clip.create_model("local-dir:FOLDER")`
     "native"     a folder; see `save`
 
-    Written whole or not at all. Raises ConfigError for a layout the model does not have.
+    replace  False: a folder that holds another model is refused
+
+    Written whole or not at all. Raises ConfigError for a layout the model does not have, and for a path that the layout
+    does not have.
     """
-    writers: dict[str, Callable[[nn.Module, Path], None]] = {
-        "reference": _export_reference,
-        "timm": _export_timm,
-        "open_clip": _export_open_clip,
-        "native": save,
-    }
-    if layout not in writers:
-        raise ConfigError(f"no layout {layout!r} to write; there are: {', '.join(writers)}")
-    _folder_config(model)  # refuses what is not ours
-    writers[layout](model, Path(path))
+    path = Path(path)
+    check_path(path, layout)
+    config = _folder_config(model).to_dict()  # refuses what is not ours
+    if layout == "reference":
+        _export_reference(model, path)
+    elif layout == "timm":
+        _export_timm(model, path, replace)
+    elif layout == "open_clip":
+        _export_open_clip(model, path, replace)
+    else:
+        if not replace:
+            check_vacant(path, CONFIG, config)
+        save(model, path)
+
+
+def check_path(path: Path, layout: str) -> None:
+    """ConfigError for a layout that is not written here, and for a path that it does not have."""
+    if layout not in WRITTEN:
+        raise ConfigError(f"no layout {layout!r} to write; there are: {', '.join(WRITTEN)}")
+    if layout == "reference":
+        if path.suffix not in (".pt", ".pth"):
+            raise ConfigError(f"{path}: the reference layout is a .pt file")
+    elif layout == "native":
+        check_folder(path, "the native layout")
+    elif path.suffix in TORCH_SUFFIXES or (path.suffix != ".safetensors" and path.is_file()):
+        raise ConfigError(f"{path}: the {layout} layout is a folder or a .safetensors file")
 
 
 def _export_reference(model: nn.Module, path: Path) -> None:
-    if path.suffix not in (".pt", ".pth"):
-        raise ConfigError(f"{path}: the reference layout is a .pt file")
     table = REFERENCE_CLIP if isinstance(model, CLIP) else REFERENCE_TOWER
     # Own storage for each: torch.save writes whole storages, and a view may be part of a mapped file.
     theirs = convert(model.state_dict(), table, back=True)
@@ -382,30 +413,38 @@ def _export_reference(model: nn.Module, path: Path) -> None:
         torch.save(state, temporary)
 
 
-def _export_timm(model: nn.Module, path: Path) -> None:
+def _export_timm(model: nn.Module, path: Path, replace: bool) -> None:
     if isinstance(model, CLIP):
         raise ConfigError("a timm file holds one tower; export clip.vision, or the whole model as 'open_clip'")
     assert isinstance(model, VisionTransformer)
     state = convert(model.state_dict(), TIMM_TOWER, back=True)
-    _write_foreign(path, state, "model.safetensors", "config.json", lambda: _timm_config(model))
+    _write_foreign(path, state, "model.safetensors", CONFIG, lambda: _timm_config(model), replace)
 
 
-def _export_open_clip(model: nn.Module, path: Path) -> None:
+def _export_open_clip(model: nn.Module, path: Path, replace: bool) -> None:
     if not isinstance(model, CLIP):
         raise ConfigError("an open_clip file holds both towers; export a tower as 'timm'")
     state = convert(model.state_dict(), OPEN_CLIP_CLIP, back=True)
     config = "open_clip_config.json"
-    _write_foreign(path, state, "open_clip_model.safetensors", config, lambda: _open_clip_config(model))
+    _write_foreign(path, state, "open_clip_model.safetensors", config, lambda: _open_clip_config(model), replace)
 
 
 def _write_foreign(
-    path: Path, state: Mapping[str, Tensor], weights: str, config: str, describe: Callable[[], dict[str, Any]]
+    path: Path,
+    state: Mapping[str, Tensor],
+    weights: str,
+    config: str,
+    describe: Callable[[], dict[str, Any]],
+    replace: bool,
 ) -> None:
     if path.suffix == ".safetensors":
         with atomic_write(path) as temporary:
             write_safetensors(temporary, state)
         return
-    text = json.dumps(describe(), indent=2)
+    described = describe()
+    if not replace:
+        check_vacant(path, config, described)
+    text = json.dumps(described, indent=2)
     with atomic_write(path / weights) as temporary:
         write_safetensors(temporary, state)
     with atomic_write(path / config) as temporary:

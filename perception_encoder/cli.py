@@ -4,17 +4,16 @@ Those of retrieval (embed, index, search) are in `retrieval_cli`.
 """
 
 import json
-from importlib.metadata import entry_points
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from perception.cli import Device, Dtype, Json, note, show, table
+from perception.cli import Device, Dtype, Json, check_picture, note, show, table
 from perception.errors import ConfigError
 
 DEFAULT_MODEL = "PE-Core-nano"
-MODELS_GROUP = "perception.models"  # functions from a wildcard to descriptions as `zoo.describe` gives
 NANO_NOTE = (
     f"{DEFAULT_MODEL} is a small model for drawings that needs no download; for photographs use "
     "--model PE-Core-B16-224 or larger"
@@ -25,6 +24,8 @@ Images = Annotated[list[str], typer.Argument(help="Picture files, or folders of 
 Out = Annotated[Path, typer.Option("--out", "-o", help="Where to write.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Pictures a batch.")]
 OnError = Annotated[str, typer.Option(help="A picture that cannot be read: raise (stop), skip, or log.")]
+Size = Annotated[int | None, typer.Option(min=1, help="Side in pixels, a multiple of the patch; more is finer.")]
+Force = Annotated[bool, typer.Option("--force", help="Write into a folder that holds another model, too.")]
 ConfigFile = Annotated[Path | None, typer.Option("--config", help="A config.json, for a bare file of weights.")]
 
 
@@ -44,8 +45,7 @@ def models(
     """Every model known by name, encoders and language models, with its size, licence and where it comes from."""
     from perception_encoder import zoo
 
-    catalogues = [zoo.catalogue, *(point.load() for point in entry_points(group=MODELS_GROUP))]
-    found = [model for catalogue in catalogues for model in catalogue(pattern)]
+    found = zoo.everything(pattern)
     if not found:
         raise ConfigError(f"no model matches {pattern!r}; `perception models` lists all of them")
     header = ["name", "kind", "parameters", "pixels", "patch", "licence", "from"]
@@ -67,14 +67,21 @@ def download(
         Path | None, typer.Option("--out", "-o", help="Also store it as a folder of our format here.")
     ] = None,
     revision: Annotated[str | None, typer.Option(help="A branch, tag or commit of the hub repository.")] = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Fetch a model's weights into the cache, so that it loads without a network."""
-    from perception_encoder import zoo
+    from perception_encoder import checkpoints, zoo
 
+    if out is not None:
+        checkpoints.check_path(out, "native")
+    if not zoo.is_known(name) and os.path.exists(os.path.expanduser(name)):  # noqa: PTH110, PTH111  a name may be too long for a Path
+        raise ConfigError(
+            f"{name} is on this machine already; a model is fetched by its name or hub id, hf://owner/name"
+        )
     path = zoo.download(name, revision=revision)
     if out is not None:
-        zoo.save(_load(name, None, "cpu", "auto", revision=revision), out)
+        checkpoints.export(_load(name, None, "cpu", "auto", revision=revision), out, "native", replace=force)
     found = {"name": name, "file": str(path), "bytes": path.stat().st_size if path.is_file() else None}
     show({**found, "folder": str(out) if out else None}, as_json, lambda: str(out or path))
 
@@ -84,12 +91,14 @@ def convert(
     out: Annotated[Path, typer.Argument(help="A folder (native) or a file (the other layouts).")],
     layout: Annotated[str, typer.Option(help="native, reference, timm or open_clip.")] = "native",
     config: ConfigFile = None,
+    force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Write a model in another layout, bit for bit the same weights."""
     from perception_encoder import checkpoints
 
-    checkpoints.export(_load(source, config, "cpu", "stored"), out, layout=layout)
+    checkpoints.check_path(out, layout)  # before the model is loaded
+    checkpoints.export(_load(source, config, "cpu", "stored"), out, layout=layout, replace=force)
     show({"layout": layout, "out": str(out)}, as_json, lambda: str(out))
 
 
@@ -154,7 +163,7 @@ def features(
         list[int] | None, typer.Option("--layer", help="A block, 0 the first, -1 the last; may repeat.")
     ] = None,
     norm: Annotated[bool, typer.Option(help="After the final norm.")] = False,
-    size: Annotated[int | None, typer.Option(help="Side in pixels, a multiple of the patch.")] = None,
+    size: Size = None,
     model: Model = DEFAULT_MODEL,
     config: ConfigFile = None,
     device: Device = "auto",
@@ -168,6 +177,8 @@ def features(
     from perception.files import atomic_write
     from perception_encoder.features import features as dense
 
+    if out.suffix != ".safetensors":
+        raise ConfigError(f"--out {out} is no .safetensors file; features are written as one")
     tower, files = _load_tower(model, config, device, dtype), _files(images)
     layers = layer or [-1]
     per_image = []
@@ -189,7 +200,7 @@ def pca(
     images: Images,
     out: Out = Path("pca.png"),
     layer: Annotated[int, typer.Option(help="A block, 0 the first, -1 the last.")] = -1,
-    size: Annotated[int | None, typer.Option(help="Side in pixels, a multiple of the patch; more is finer.")] = None,
+    size: Size = None,
     model: Model = DEFAULT_MODEL,
     config: ConfigFile = None,
     device: Device = "auto",
@@ -202,14 +213,13 @@ def pca(
     from perception.files import atomic_write
     from perception_encoder.visualize import pca_image
 
+    check_picture(out)
     pictures = pca_image(_load_tower(model, config, device, dtype), _files(images), layer=layer, size=size)
     sheet = Image.new("RGB", (sum(p.width for p in pictures), max(p.height for p in pictures)))
     x = 0
     for picture in pictures:
         sheet.paste(picture, (x, 0))
         x += picture.width
-    if out.suffix.lower() not in Image.registered_extensions():
-        raise ConfigError(f"--out {out} has no picture suffix; use .png")
     with atomic_write(out) as temporary:
         sheet.save(temporary)
     show({"out": str(out), "images": len(pictures), "size": list(sheet.size)}, as_json, lambda: str(out))
@@ -224,6 +234,8 @@ def demo(
     """See the encoder work on bundled pictures and a clip, offline, and write one HTML page about it."""
     from perception_encoder.demo import run
 
+    if (out.exists() and not out.is_dir()) or out.suffix.lower() in (".html", ".htm", ".png", ".jpg"):
+        raise ConfigError(f"--out {out} is no folder; the page and its files are written into one")
     page, summary = run(_load_clip(model, None, device, "auto", quiet=True), out, echo=note)
     show({"page": str(page.resolve()), **summary}, as_json, lambda: f"\nOpen {page.resolve()}")
 
@@ -257,6 +269,8 @@ def train_encoder(
         show({"out": settings.out, **found}, as_json, lambda: probing.summary(found))
         return
     done = launch.train(settings)
+    if os.environ.get("RANK", "0") != "0":  # of several processes, one says it
+        return
     folder = str(Path(settings.out) / "model") if done else None
     said = folder or f"stopped; the same command continues it from {settings.out}"
     show({"out": settings.out, "finished": done, "model": folder}, as_json, lambda: said)
@@ -268,6 +282,11 @@ def _load_clip(model: str, config: Path | None, device: str, dtype: str, *, quie
 
     if model == DEFAULT_MODEL and not quiet:
         note(NANO_NOTE)
+    if not _holds_both(model, config):
+        raise ConfigError(
+            f"{model} holds a vision tower and no text tower, so it cannot compare pictures with words; use a PE-Core "
+            "model (`perception models '*core*'`). `perception features` and `perception pca` take a tower"
+        )
     return load_clip(model, config=_config(ClipConfig, config), device=device, dtype=dtype)
 
 
@@ -278,11 +297,6 @@ def _load_tower(model: str, config: Path | None, device: str, dtype: str) -> Any
     if model == DEFAULT_MODEL:
         note(NANO_NOTE)
     return load_encoder(model, config=_config(VisionConfig, config), device=device, dtype=dtype)
-
-
-def _load_any(model: str, config: Path | None, device: str, dtype: str) -> Any:
-    """A CLIP model where the name is one, a tower otherwise."""
-    return (_load_clip if _holds_both(model, config) else _load_tower)(model, config, device, dtype)
 
 
 def _load(source: str, config: Path | None, device: str, dtype: str, *, revision: str | None = None) -> Any:
@@ -305,11 +319,14 @@ def _config(kind: Any, path: Path | None) -> Any:
     return None if path is None else kind.from_dict(_json(path))
 
 
-def _json(path: Path) -> Any:
+def _json(path: Path) -> dict[str, Any]:
     try:
-        return json.loads(path.read_text("utf-8"))
+        found = json.loads(path.read_text("utf-8"))
     except (OSError, json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is no readable JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"{path} holds a {type(found).__name__}; expected a table, as in a model's config.json")
+    return found
 
 
 def _files(images: list[str]) -> list[Any]:

@@ -65,12 +65,12 @@ class CLIP(nn.Module):
 
     def encode_image(self, pixels: Tensor, *, normalize: bool = False) -> Tensor:
         """B 3 S S -> B C"""
-        x = self.vision.pooled(pixels.to(self.device))
+        x = self.vision.pooled(self._here(pixels))
         return F.normalize(x, dim=-1) if normalize else x
 
     def encode_text(self, tokens: Tensor, *, normalize: bool = False) -> Tensor:
         """B n -> B C"""
-        x = self.text(tokens.to(self.device))
+        x = self.text(self._here(tokens))
         return F.normalize(x, dim=-1) if normalize else x
 
     def encode_video(self, frames: Tensor, *, normalize: bool = False, protocol: VideoProtocol | None = None) -> Tensor:
@@ -85,6 +85,8 @@ class CLIP(nn.Module):
 
         Raises ConfigError for another protocol or shape.
         """
+        if not isinstance(frames, Tensor):
+            raise TypeError(f"frames are a tensor, B N 3 S S; given {type(frames).__name__}")
         if frames.ndim != 5 or not frames.shape[1]:
             raise ConfigError(f"frames are B N 3 S S with at least one frame; given {tuple(frames.shape)}")
         protocol = protocol or ("unit-mean" if normalize else "raw-mean")
@@ -93,6 +95,10 @@ class CLIP(nn.Module):
         x = self.encode_image(frames.flatten(0, 1), normalize=protocol == "unit-mean")  # B*N C
         x = x.unflatten(0, frames.shape[:2]).mean(dim=1)  # B C
         return F.normalize(x, dim=-1) if normalize else x
+
+    def _here(self, given: Tensor) -> Tensor:
+        """On the model's device. What is no tensor is left for the tower, which says what it takes."""
+        return given.to(self.device) if isinstance(given, Tensor) else given
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         self.vision.set_grad_checkpointing(enable)

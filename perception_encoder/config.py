@@ -35,9 +35,10 @@ class VisionConfig:
     output_width: int | None = None
 
     def __post_init__(self) -> None:
-        for name, high in LIMITS.items():
-            if hasattr(self, name) and getattr(self, name) is not None:
-                check_range(f"vision {name}", getattr(self, name), 1, high)
+        _check_sizes(self, "vision", optional=("output_width",))
+        start = self.layer_scale
+        if start is not None and (isinstance(start, bool) or not isinstance(start, int | float)):
+            raise ConfigError(f"vision layer_scale is {start!r}; expected a number")
         if self.image_size % self.patch_size:
             raise ConfigError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         _check_heads(self.width, self.heads, "heads")
@@ -80,9 +81,7 @@ class TextConfig:
     vocab: int = 49408
 
     def __post_init__(self) -> None:
-        for name, high in LIMITS.items():
-            if hasattr(self, name):
-                check_range(f"text {name}", getattr(self, name), 1, high)
+        _check_sizes(self, "text")
         _check_heads(self.width, self.heads, "heads")
 
     @property
@@ -136,6 +135,16 @@ LIMITS = {
     "context": 65_536,
     "vocab": 4_000_000,
 }
+
+
+def _check_sizes(config: Any, kind: str, optional: tuple[str, ...] = ()) -> None:
+    for name, high in LIMITS.items():
+        value = getattr(config, name, 1)
+        if value is None and name in optional:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ConfigError(f"{kind} {name} is {value!r}; expected a whole number")
+        check_range(f"{kind} {name}", value, 1, high)
 
 
 def _check_heads(width: int, heads: int, name: str) -> None:

@@ -28,9 +28,9 @@ from perception_encoder.zero_shot import DRAWING_TEMPLATES, ZeroShotClassifier
 QUERIES = ("something to eat", "an animal", "a vehicle")
 CLIP_LABELS = ("a city at night", "a rabbit", "a bowl of soup", "a football match")
 HONEST = (
-    "PE-Core-nano was trained on emoji drawings alone, for some three hours on one or two processor cores. What it "
-    "says of photographs and films is shown because the code path is the same as for the published models, not because "
-    "the answer is good."
+    "PE-Core-nano was trained on emoji drawings alone, for two and a quarter hours on one shared processor core. What "
+    "it says of photographs and films is shown because the code path is the same as for the published models, not "
+    "because the answer is good."
 )
 
 GROUP = "perception.demo"

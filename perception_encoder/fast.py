@@ -16,7 +16,7 @@ from perception.errors import ConfigError
 from perception.kernels.fused import Operators, operators
 from perception.kernels.linear import Late, PackedLinear, choose, finish, fold, pack
 from perception.layers import LayerScale, Mlp
-from perception.optimize import FastPart, Plan
+from perception.optimize import FastPart, Plan, Twin, check_device
 from perception.rope import Rope, rope_2d
 from perception_encoder.clip import CLIP
 from perception_encoder.pooling import AttentionPool
@@ -37,7 +37,7 @@ def fast_clip(model: CLIP, plan: Plan) -> CLIP:
         raise ConfigError(f"this CLIP's vision tower is a {type(model.vision).__name__}, which has no fast twin")
     mark = fingerprint_of(model, plan)
     vision, text = fast_vision(model.vision, plan), fast_text(model.text, plan)
-    fast = CLIP(cast(Any, vision), cast(Any, text), model.preprocess, model.tokenize)
+    fast = FastClip(cast(Any, vision), cast(Any, text), model.preprocess, model.tokenize)
     fast.logit_scale = frozen(model.logit_scale)
     fast.source = model.source
     fast.fingerprint, fast.marked = mark, str(model.preprocess.fingerprint())
@@ -46,6 +46,7 @@ def fast_clip(model: CLIP, plan: Plan) -> CLIP:
 
 def fast_vision(tower: VisionTransformer, plan: Plan) -> Any:
     """The twin for the device the tower lies on."""
+    check_device(plan, tower.pos_embed.device)
     mark = fingerprint_of(tower, plan)
     if tower.pos_embed.device.type == "cuda":
         from perception_encoder import fast_cuda
@@ -59,11 +60,16 @@ def fast_vision(tower: VisionTransformer, plan: Plan) -> Any:
 
 def fast_text(text: TextTransformer, plan: Plan) -> Any:
     """Never rounded to 8 bits: short texts are cheap already, and become classifiers that judge every picture."""
+    check_device(plan, text.pos_embed.device)
     if text.pos_embed.device.type == "cuda":
         from perception_encoder import fast_cuda
 
         return fast_cuda.fast_text(text, plan)
     return FastText(text, replace(plan, quantize=None))
+
+
+class FastClip(Twin, CLIP):
+    """A CLIP whose towers are fast twins."""
 
 
 class FastVision(FastPart):
@@ -408,7 +414,7 @@ class Maker:
         rows: int | None = None,
         exact: bool = False,
     ) -> PackedLinear:
-        weight, bias = fold(weight, bias, gain=gain)
+        weight, bias = fold(weight, bias, gain)
         quantize = None if exact else self.quantize
         rows, most = (rows, 0) if rows else (self.rows, ROWS if self.keep else 0)  # one layout where memory is short
         return pack(weight.to(self.compute), bias, dtype=self.compute, quantize=quantize, rows=rows, most=most)
@@ -492,7 +498,8 @@ def release(module: nn.Module) -> None:
 
 
 def fingerprint_of(model: nn.Module, plan: Plan) -> str:
-    """The plain model's fingerprint; it says so when the twin rounds to 8 bits."""
+    """The plain model's fingerprint; it says so when the twin rounds to 8 bits, and how."""
     from perception_encoder.retrieval.embed import fingerprint
 
-    return fingerprint(model) + ("-int8" if plan.quantize else "")
+    rounds = {None: "", "int8": "-int8", "int4": "-int8", "fp8": "-fp8"}  # a tower computes in 8 bits, never in 4
+    return fingerprint(model) + rounds[plan.quantize]

@@ -16,7 +16,7 @@ from perception.attention import attend
 from perception.errors import ConfigError
 from perception.kernels.graphs import Graphs
 from perception.kernels.triton.norm import layer_norm
-from perception.kernels.triton.quantized import Product, give_up
+from perception.kernels.triton.quantized import Code, Product, give_up, settle
 from perception.kernels.triton.rotary import rotate_qk
 from perception.layers import Mlp
 from perception.optimize import FastPart, Plan
@@ -25,7 +25,7 @@ from perception_encoder.fast import frozen, gain_of
 from perception_encoder.pooling import AttentionPool
 from perception_encoder.protocol import Features
 from perception_encoder.text import TextTransformer, check_tokens
-from perception_encoder.vision import VisionTransformer, check_layers, check_pixels, on_grid, stretch
+from perception_encoder.vision import VisionTransformer, check_layers, check_pixels, embed_patches, on_grid, stretch
 
 GRAPH_BATCH = 8  # up to here starting the kernels costs more than a copy of the pixels
 GRAPHS = 16  # shapes remembered
@@ -40,7 +40,7 @@ def fast_vision(tower: VisionTransformer, plan: Plan) -> "CudaVision":
     """The twin of a tower that lies on a GPU. `plan` as `perception.optimize.optimize` makes it."""
     fast = CudaVision(tower)
     if plan.quantize:
-        fast.settle()
+        fast.settle("fp8" if plan.quantize == "fp8" else "int8")
     if not plan.keep:
         give_up(tower, [product for block in fast.blocks for product in block.products])
     return fast
@@ -124,9 +124,7 @@ class CudaVision(FastPart):
         """The tokens B P+h*w D after the blocks wanted, which ascend."""
         h, w = self.grid_of(pixels)
         pos, rope = self._table(h, w)
-        p = self.patch_size
-        patches = pixels.unflatten(3, (w, p)).unflatten(2, (h, p)).permute(0, 2, 4, 1, 3, 5)  # B h w 3 p p
-        x = F.linear(patches.flatten(3).flatten(1, 2), self.patch_embed.flatten(1))  # B h*w D
+        x = embed_patches(pixels, self.patch_embed).flatten(1, 2)  # B h*w D
         if self.class_token is not None:
             x = torch.cat([self.class_token.expand(len(x), 1, -1), x], dim=1)
         x = self.norm_pre(x + pos)
@@ -146,34 +144,37 @@ class CudaVision(FastPart):
         x = self.pool(x)
         return (x if self.project is None else self.project(x),)
 
-    def settle(self) -> list[float]:
-        """Eight bits for the products of the blocks that they do not harm: the cosine of each, on a made-up picture."""
+    def settle(self, code: Code = "int8") -> list[float]:
+        """Eight bits for the products of the blocks that harm neither them nor the last tokens: the cosine of each, on
+        a made-up picture."""
         products = [product for block in self.blocks for product in block.products]
-        for product in products:
-            product.watching = True
+        picture, last = sample_picture(self.config.image_size, self.pos_embed), [len(self.blocks) - 1]
         with torch.no_grad():
-            self.layers(sample_picture(self.config.image_size, self.pos_embed), [len(self.blocks) - 1], False)
-        return [product.settle("int8") for product in products]
+            return settle(products, lambda: self.layers(picture, last, True)[0], code)
 
     def _run(self, key: Any, function: Function, pixels: Tensor) -> tuple[Tensor, ...]:
         """Small batches through a graph, large ones directly; what comes back is the caller's to keep."""
         self.check_inference(pixels)
         with torch.no_grad():
             pixels = pixels.to(self.device, self.dtype)
-            self._table(*self.grid_of(pixels))  # before any graph, which only reads it
-            if 0 < len(pixels) <= GRAPH_BATCH:
-                return tuple(x.clone() for x in self.graphs(key, function, pixels))
+            grid = self.grid_of(pixels)
+            with self.graphs.lock:  # no other thread may forget the grid in between
+                if grid not in self._tables and len(self._tables) >= TABLES:
+                    self._tables.clear()
+                    self.graphs.clear()
+                self._table(*grid)  # before any graph, which only reads it
+                if 0 < len(pixels) <= GRAPH_BATCH:
+                    return self.graphs(key, function, pixels)
             return self.large(key, function, pixels)
 
     def _table(self, h: int, w: int) -> tuple[Tensor, Rope]:
         """Positions and angles of a grid. Graphs read them where they lie, so they go together."""
-        if (h, w) not in self._tables:
-            if len(self._tables) >= TABLES:
-                self._tables.clear()
-                self.graphs = Graphs(GRAPHS)
+        found = self._tables.get((h, w))
+        if found is None:
             pos = self.positions(h, w)
-            self._tables[h, w] = pos, rope_2d(h, w, self.config.head_dim, prefix=len(pos) - h * w, device=pos.device)
-        return self._tables[h, w]
+            found = pos, rope_2d(h, w, self.config.head_dim, prefix=len(pos) - h * w, device=pos.device)
+            self._tables[h, w] = found
+        return found
 
 
 def directly(key: Any, function: Function, pixels: Tensor) -> tuple[Tensor, ...]:

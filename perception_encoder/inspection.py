@@ -6,8 +6,8 @@ from typing import Any
 
 from perception.checkpoint import CONFIG, open_checkpoint, read_config
 from perception.errors import CheckpointError, ConfigError
-from perception_encoder.checkpoints import LAYOUTS, Kind, infer_config
-from perception_encoder.zoo import describe, download
+from perception_encoder.checkpoints import LAYOUTS, FolderConfig, Kind, infer_config
+from perception_encoder.zoo import describe, download, is_known, other_kind
 
 
 def inspect(source: str | Path) -> dict[str, Any]:
@@ -49,14 +49,16 @@ def kind_of(source: str, revision: str | None = None) -> Kind:
 
     revision  a branch, tag or commit of the hub repository
     """
-    try:
+    if is_known(source):
         return describe(source)["kind"]
-    except LookupError:
-        if not Path(source).exists() and source.startswith(("timm/", "open_clip/")):
+    if not Path(source).exists():
+        if source.startswith(("timm/", "open_clip/")):
             return "clip" if source.startswith("open_clip/") else "tower"
-        path = download(source, revision=revision)
+        if error := other_kind(source):
+            raise error
+    path = download(source, revision=revision)
     if path.is_dir():
-        return read_config(path).get("kind", "tower")
+        return FolderConfig.from_dict(read_config(path), path / CONFIG).kind
     found = layout_of(open_checkpoint(path))
     if found is None:
         raise CheckpointError(f"{path} has no layout known here; `perception inspect {path}` lists its tensors")

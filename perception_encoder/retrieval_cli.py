@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -57,6 +58,11 @@ OF_SOURCES = {"video", "fps", "seconds", "frames", "image_column", "text_column"
 OF_PARTS = OF_SOURCES | {"engine", "processes", "gpus", "part_rows", "vectors", "file_format"}
 OF_EMBEDDING = OF_SOURCES | {"batch_size", "on_error", "part_rows", "vectors", "workers"}
 FLAGS = {"file_format": "format"}
+# Endings of files: a folder by such a name is none that its reader can open.
+FILES = {
+    *(".npy", ".npz", ".pt", ".pth", ".safetensors", ".bin", ".pkl", ".h5", ".hdf5", ".parquet", ".arrow", ".faiss"),
+    *(".json", ".jsonl", ".csv", ".tsv", ".txt", ".html", ".zip", ".tar"),
+}
 KINDS = {"text": "lines of text", "tar": "tars", "parquet": "Parquet", "video": "videos"}
 
 
@@ -115,6 +121,14 @@ def embed(
     as_json: Json = False,
 ) -> None:
     """One vector an input: a safetensors file, or parts that can be killed, resumed and shared between processes."""
+    from perception_encoder.retrieval.parts import DTYPES, SUFFIXES
+
+    _choose("--vectors", vectors, DTYPES)
+    _choose("--format", file_format, SUFFIXES)
+    if out.suffix != ".safetensors" and _names_file(out):
+        raise ConfigError(
+            f"--out {out}: vectors go into one .safetensors file, or into a folder of parts, such as -o embeddings/"
+        )
     given, typed = _given(sources, files), _typed(context)
     load = _loader(model, config, device, dtype, fast)
     if out.suffix == ".safetensors":
@@ -248,8 +262,10 @@ def build(
     """A searchable index of pictures (or texts, or videos), chosen and tuned for memory, time and recall."""
     from perception_encoder.retrieval.index import Index
     from perception_encoder.retrieval.making import is_parts
-    from perception_encoder.retrieval.parts import read_plan
+    from perception_encoder.retrieval.parts import DTYPES, read_plan
 
+    _choose("--vectors", vectors, DTYPES)
+    _need_folder(f"--out {out}: an index is", out)
     given = _given(sources, files)
     if len(given) == 1 and is_parts(given[0]):
         _refuse(_typed(context) & OF_EMBEDDING, f"for embedding; {given[0]} holds vectors already")
@@ -341,7 +357,9 @@ def delete(
 ) -> None:
     """Forget rows by id."""
     opened = _open(index)
-    gone = opened.delete(ids)
+    if not (gone := opened.delete(ids)):
+        named = ", ".join(repr(cli._text(one)) for one in ids)
+        raise ConfigError(f"none of these is in {index}: {named}; ids are as `perception search` shows them")
     show(
         {"index": str(index), "deleted": gone, "rows": len(opened)},
         as_json,
@@ -395,6 +413,7 @@ def export(
     """Write the vectors for other tools: .npy beside Parquet."""
     from perception_encoder.retrieval.exchange import export_vectors
 
+    _need_folder(f"{out}: an export is", out)
     opened = _open(index)
     which = "text" if opened.facts.kind == "text" else "image"
     found = export_vectors(opened.store, out, layout=layout, which=which)  # type: ignore[arg-type]
@@ -415,8 +434,10 @@ def import_(
     as_json: Json = False,
 ) -> None:
     """Take over vectors that another tool made, as parts."""
-    from perception_encoder.retrieval.exchange import import_vectors
+    from perception_encoder.retrieval.exchange import EMBEDDINGS, import_vectors
 
+    _choose("--which", which, EMBEDDINGS)
+    _need_folder(f"--out {out}: parts are", out)
     encoder = _loader(model, config, "cpu", "auto", False)() if model else None
     parts = import_vectors(source, out, model=encoder, which=which, roots=tuple(root or ()))  # type: ignore[arg-type]
     show(
@@ -450,6 +471,10 @@ def search(
     as_json: Json = False,
 ) -> None:
     """The pictures nearest to a sentence, a picture, or several of them."""
+    if html is not None and html.is_dir():
+        raise ConfigError(f"--html {html} is a folder; give a file, such as {html / 'page.html'}")
+    if html is not None and html.suffix.lower() not in (".html", ".htm"):
+        raise ConfigError(f"--html {html}: a page is written; give a name that ends in .html")
     opened = _open(index, model, config, device, dtype)
     examples = [*(query or []), *(opened.vector(one) for one in like or [])]
     if not examples:
@@ -619,6 +644,21 @@ def _refuse(options: set[str], why: str) -> None:
     if options:
         names = sorted("--" + FLAGS.get(name, name.replace("_", "-")) for name in options)
         raise ConfigError(f"{', '.join(names)}: {why}")
+
+
+def _choose(option: str, given: str, known: Iterable[str]) -> None:
+    if given not in known:
+        raise ConfigError(f"{option} {given}; choose from {', '.join(known)}")
+
+
+def _names_file(out: Path) -> bool:
+    """Whether a name is that of a file, by its ending; a folder that is there is one whatever it is called."""
+    return out.suffix.lower() in FILES and not out.is_dir()
+
+
+def _need_folder(what: str, out: Path) -> None:
+    if _names_file(out):
+        raise ConfigError(f"{what} a folder; give a name without {out.suffix}")
 
 
 def _whole(folder: Path) -> int:

@@ -95,6 +95,9 @@ class CausalAttention(nn.Module):
 
 
 def check_tokens(tokens: Tensor, context: int) -> None:
-    """ConfigError unless tokens are B n, with n from 1 to the context."""
+    """ConfigError unless tokens are B n, with n from 1 to the context; TypeError for texts."""
+    if not isinstance(tokens, Tensor):
+        given = type(tokens).__name__
+        raise TypeError(f"tokens are a tensor, B n; given {given}; run texts through `tokenize` first")
     if tokens.ndim != 2 or not 1 <= tokens.shape[1] <= context:
         raise ConfigError(f"tokens are B n with n from 1 to {context}; given {tuple(tokens.shape)}")

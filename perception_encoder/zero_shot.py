@@ -28,6 +28,7 @@ PHOTO_TEMPLATES = (
     "one {} in a scene.",
     "several of the kind: {}.",
 )
+PARTS = ("encode_text", "encode_image", "tokenize", "preprocess", "logit_scale")  # of a model that classifies
 DRAWING_TEMPLATES = ("a drawing of a {}", "an emoji of {}", "a picture of a {}", "{}")
 
 
@@ -43,8 +44,8 @@ class ZeroShotClassifier:
     labels     class names, or a text file with one a line
     templates  sentences with `{}` where the label goes; `None`: PHOTO_TEMPLATES. `{}` inside a label is plain text.
 
-    Raises ValueError when there are no labels or no templates, or a template has no `{}`. Labels that occur twice are
-    kept, with a warning: they share their probability.
+    Raises ValueError when there are no labels or no templates, or a template has no `{}`, TypeError for a tower alone.
+    Labels that occur twice are kept, with a warning: they share their probability.
     """
 
     def __init__(
@@ -55,6 +56,11 @@ class ZeroShotClassifier:
         *,
         batch_size: int = 256,
     ):
+        if lacks := [part for part in PARTS if not hasattr(model, part)]:
+            raise TypeError(
+                f"a classifier needs a CLIP model (load_clip); given {type(model).__name__}, which has no "
+                f"{', no '.join(lacks)}"
+            )
         self.model = model
         self.labels = read_labels(labels)
         self.templates = check_templates(PHOTO_TEMPLATES if templates is None else templates)

@@ -4,11 +4,13 @@ A name binds what must travel together: the config, the weights in every layout 
 the tokens they expect.
 """
 
+import glob
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from importlib.metadata import entry_points
+from importlib.resources import files
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,10 +19,10 @@ from torch import Tensor, nn
 
 from perception.checkpoint import CONFIG, Checkpoint, load_into, open_checkpoint, read_config, read_folder
 from perception.device import pick_device, pick_dtype, shapes_only
-from perception.errors import ConfigError
+from perception.errors import ConfigError, UnknownName
 from perception.hub import locate
 from perception.pixels import PixelSpec
-from perception.registry import Registry
+from perception.registry import Registry, unknown
 from perception_encoder.checkpoints import FolderConfig, Kind, export, infer_config, recognize, save
 from perception_encoder.clip import CLIP
 from perception_encoder.config import ClipConfig, TextConfig, VisionConfig
@@ -41,8 +43,9 @@ __all__ = [
     "save",
 ]
 
-PACKAGE = "package://"  # a folder inside this package
+PACKAGE = "package://"  # a folder inside the package whose catalogue says so
 ENTRY_POINTS = "perception.encoders"
+CATALOGUES = "perception.models"  # functions from a wildcard to descriptions as `describe` gives
 
 
 @dataclass(frozen=True)
@@ -164,6 +167,11 @@ def catalogue(pattern: str = "*") -> list[dict[str, Any]]:
     return [describe(name) for name in list_models(pattern)]
 
 
+def everything(pattern: str = "*") -> list[dict[str, Any]]:
+    """`catalogue`, and what other packages add to it: the language models among them."""
+    return [*catalogue(pattern), *(model for _, model in _added(pattern))]
+
+
 def describe(name: str) -> dict[str, Any]:
     """What the zoo knows about a name or a published hub id, as plain values. Nothing is downloaded.
 
@@ -186,10 +194,24 @@ def describe(name: str) -> dict[str, Any]:
 
 
 def download(name: str, *, revision: str | None = None, offline: bool | None = None) -> Path:
-    """Fetch the weights of a name or a hub id into the hub's cache, and say where they are. Errors as `load_clip`'s."""
+    """Fetch the weights of a name or a hub id into the hub's cache, and say where they are. Errors as `load_clip`'s.
+
+    The names are those of `everything`: a language model is fetched too.
+    """
     if _is_published(name):
         return _locate_weights(_find(name)[2], revision, offline)
-    return locate(name, revision=revision, offline=offline)
+    try:
+        return locate(name, revision=revision, offline=offline)
+    except ConfigError:
+        if not _is_word(name):
+            raise
+        if (found := _elsewhere(name)) is None:
+            raise unknown("model", name, [model["name"] for model in everything()]) from None
+        package, model = found
+        where = next(iter(model["weights"].values()))
+        if where.startswith(PACKAGE):
+            return Path(str(files(package))) / where.removeprefix(PACKAGE)
+        return locate(f"hf://{where}", revision=revision, offline=offline)
 
 
 def timm_name(config: VisionConfig) -> str | None:
@@ -210,6 +232,41 @@ def _registered() -> dict[str, str]:
     return {point.name: point.value for point in entry_points(group=ENTRY_POINTS)}
 
 
+def is_known(name: str) -> bool:
+    """Whether `describe` knows it."""
+    return name in _registered() or _is_published(name)
+
+
+def _is_word(name: object) -> bool:
+    """Whether it is more likely meant as a name than as a path."""
+    return re.fullmatch(r"[\w.-]{1,96}", str(name)) is not None
+
+
+def _added(pattern: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """What other packages have that matches, each with the package."""
+    for point in entry_points(group=CATALOGUES):
+        for model in point.load()(pattern):
+            yield point.module.partition(".")[0], model
+
+
+def _elsewhere(name: str) -> tuple[str, dict[str, Any]] | None:
+    """The model of another package by this name, with the package."""
+    return next((found for found in _added(glob.escape(name)) if found[1]["name"] == name), None)
+
+
+def other_kind(name: str) -> UnknownName | None:
+    """The error for a name that another package has: what it holds is no encoder."""
+    if not _is_word(name) or _elsewhere(name) is None:
+        return None
+    return UnknownName(
+        f"{name!r} is a language model; perception_lm.load takes it, and `perception generate`, `chat` and `export`"
+    )
+
+
+def _unknown(name: str) -> UnknownName:
+    return other_kind(name) or unknown("model", name, list_models())
+
+
 def _find(name: str) -> tuple[str, Entry, Weights]:
     """The entry of a name or of a published hub id, and the weights it stands for."""
     if name in _packaged():
@@ -221,6 +278,8 @@ def _find(name: str) -> tuple[str, Entry, Weights]:
     if (hub_id := name.removeprefix("hf://")) in (known := _hub_ids()):
         name, weights = known[hub_id]
         return name, MODELS.get(name), weights
+    if name not in MODELS:
+        raise _unknown(name)
     entry = MODELS.get(name)
     return name, entry, entry.weights[0]
 
@@ -361,8 +420,8 @@ def _resolve(
     try:
         path = locate(name_or_path, revision=revision, offline=offline)
     except ConfigError:
-        if re.fullmatch(r"[\w.-]{1,96}", str(name_or_path)):  # a word: more likely a name than a path
-            MODELS.get(str(name_or_path))  # raises, with the names that are near
+        if _is_word(name_or_path):
+            raise _unknown(str(name_or_path)) from None
         raise
     if path.is_dir():
         if config is not None:

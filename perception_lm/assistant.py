@@ -19,11 +19,11 @@ from perception.errors import ConfigError, RequestError
 from perception.media import DEMUXERS, HEAD, open_media, read_image, sniff, to_rgb
 from perception_lm import generation
 from perception_lm.chat import Clip, Message, Part, Picture, Text
-from perception_lm.generation import Reply, Session
+from perception_lm.generation import Job, Reply, Session
 from perception_lm.memory import Memory
 from perception_lm.model import PerceptionLM
 from perception_lm.processor import Processor, read_conversations
-from perception_lm.regions import Box, Moment, draw_boxes, parse_boxes, parse_moment, parse_moments
+from perception_lm.regions import Box, Moment, check_box, draw_boxes, parse_boxes, parse_moment, parse_moments
 from perception_lm.tokenizer import LlamaTokenizer
 
 MediaType = Literal["auto", "image", "video"]
@@ -184,8 +184,8 @@ class Assistant:
             raise RequestError("a stream is one answer to one conversation; generate() gives many")
         batch = self.processor(talks, tiling=tiling, max_tiles=max_tiles, frames=frames, start=start, end=end, fps=fps)
         context = self.processor.media.context
-        pieces = generation.stream(self.model, batch, self._read, config, context=context, reuse=reuse, cancel=cancel)
-        return _words(pieces)
+        job = Job.of(self.model, batch, self._read, config, {}, context, reuse, cancel, watched=True)
+        return self._words(job)
 
     def score(
         self,
@@ -253,6 +253,8 @@ class Assistant:
         drawn   show the model the box as a red rectangle, in place of its numbers
         within  first and last frame that the description is about, counted among the frames the model sees; all of them
         total   what the question calls the length of the video; the frames the model sees
+
+        Raises RequestError for a box that is none, or lies outside the picture.
         """
         if isinstance(region, Mapping):
             clip, seen = self._track(media, region, options)
@@ -260,6 +262,7 @@ class Assistant:
             question = DESCRIBE_TRACK.format(start=first, end=last, total=seen if total is None else total)
             return self._about(clip, question, {"max_new_tokens": 512, **options})
         picture, box = self._picture(media), _box(region)
+        check_box(box, picture.width, picture.height)
         if drawn:
             return self._about(Picture(image=draw_boxes(picture, [box])), DESCRIBE_DRAWN, options)
         text = box.encode(width=picture.width, height=picture.height)
@@ -288,12 +291,17 @@ class Assistant:
 
     # --- keeping ---
 
-    def save(self, folder: str | Path, format: Literal["native", "original", "hf"] = "native") -> None:
-        """Write model, tokenizer and configuration as one folder that `perception_lm.load` reads back."""
+    def save(
+        self, folder: str | Path, format: Literal["native", "original", "hf"] = "native", *, replace: bool = True
+    ) -> None:
+        """Write model, tokenizer and configuration as one folder that `perception_lm.load` reads back.
+
+        replace  False: a folder that holds another model is refused
+        """
         from perception_lm.checkpoints import export
 
-        pixels = self.processor.preprocess
-        export(self.model, folder, format, media=self.processor.media, tokenizer=self.tokenizer, pixels=pixels)
+        media, pixels = self.processor.media, self.processor.preprocess
+        export(self.model, folder, format, media=media, tokenizer=self.tokenizer, pixels=pixels, replace=replace)
 
     # --- helpers ---
 
@@ -306,6 +314,17 @@ class Assistant:
     def _read(self, ids: Sequence[int]) -> str:
         """The text of an answer. A decoder may have more rows than the tokenizer has ids; those say nothing."""
         return self.tokenizer.decode(id for id in ids if id < self.tokenizer.vocab)
+
+    def _words(self, job: Job) -> Iterator[Words]:
+        with self.memory.lent(self.model, job.batch, job.config, job.reuse) as session:
+            pieces = generation.write(replace(job, reuse=session))
+            try:
+                for piece in pieces:
+                    yield Words.of(piece)
+            except GeneratorExit:  # the reader left, between two steps: what the session has is whole, and is kept
+                pass
+            finally:
+                pieces.close()  # type: ignore[attr-defined]
 
     def _about(self, part: Part, question: str, options: dict[str, Any]) -> str:
         """An answer to a question of ours, in which what a user filled in is no mark."""
@@ -424,11 +443,3 @@ def _box(region: Any) -> Box:
         x1, y1, x2, y2 = map(float, region)
         return Box(x1, y1, x2, y2)
     raise RequestError(f"a region is a Box, or x1, y1, x2, y2 in pixels; given {region!r}")
-
-
-def _words(pieces: Iterator[generation.Piece]) -> Iterator[Words]:
-    try:
-        for piece in pieces:
-            yield Words.of(piece)
-    finally:
-        pieces.close()  # type: ignore[attr-defined]

@@ -28,6 +28,8 @@ from perception.checkpoint import (
     Checkpoint,
     Converted,
     Rule,
+    check_folder,
+    check_vacant,
     convert,
     inside,
     open_checkpoint,
@@ -430,11 +432,13 @@ def save(
     media: MediaConfig | None = None,
     tokenizer: LlamaTokenizer | None = None,
     pixels: PixelSpec | None = None,
+    replace: bool = True,
 ) -> None:
     """Write a model as a folder of ours: at every instant it holds one whole model, old or new.
 
-    media   how pictures are shown to it; the published way for its size when not given
-    pixels  how a tile becomes numbers; what its tower says when not given
+    media    how pictures are shown to it; the published way for its size when not given
+    pixels   how a tile becomes numbers; what its tower says when not given
+    replace  False: a folder that holds another model is refused
 
     Raises ConfigError for a model with foreign parts, CheckpointError when the disk refuses.
     """
@@ -451,6 +455,8 @@ def save(
         "tokenizer": None,
     }
     state = _plain_state(model)
+    if not replace:
+        check_vacant(folder, CONFIG, data)
     with _disk(folder):
         if tokenizer is not None:
             data["tokenizer"] = _save_tokenizer(folder, tokenizer)
@@ -486,6 +492,7 @@ def export(
     tokenizer: LlamaTokenizer | None = None,
     pixels: PixelSpec | None = None,
     shard: int = SHARD,
+    replace: bool = True,
 ) -> None:
     """Write a model as a folder in one of three layouts.
 
@@ -494,14 +501,17 @@ def export(
     "hf"        `config.json`, safetensors in shards of at most `shard` bytes, and what transformers needs of the
                 processor, the tokenizer and the chat template
 
+    replace     False: a folder that holds another model is refused
+
     Every file is whole or not there, and the config comes last. Raises ConfigError for a model the layout cannot hold,
     CheckpointError when the disk refuses.
     """
     if format not in get_args(Format):
         raise ConfigError(f"no format {format!r} to write; there are: {', '.join(get_args(Format))}")
     folder = Path(folder)
+    check_folder(folder, "a language model")
     if format == "native":
-        save(model, folder, media=media, tokenizer=tokenizer, pixels=pixels)
+        save(model, folder, media=media, tokenizer=tokenizer, pixels=pixels, replace=replace)
         return
     config = config_of(model, media)
     if pixels is not None and pixels != plm_pixels(config.media):
@@ -510,16 +520,20 @@ def export(
         )
     write = _export_original if format == "original" else partial(_export_hugging_face, shard=shard)
     with _disk(folder):
-        write(model, config, folder, tokenizer)
+        write(model, config, folder, tokenizer, replace=replace)
 
 
-def _export_original(model: PerceptionLM, config: PlmConfig, folder: Path, tokenizer: LlamaTokenizer | None) -> None:
+def _export_original(
+    model: PerceptionLM, config: PlmConfig, folder: Path, tokenizer: LlamaTokenizer | None, *, replace: bool
+) -> None:
     from perception_lm.huggingface import tiktoken_file
 
     state = _plain_state(model)
     dtype = {torch.float32: "fp32", torch.float16: "fp16"}.get(_dtype(state), "bf16")
     params = foreign.write_params(config, name=folder.name, dtype=dtype)
     source = None if tokenizer is None else tiktoken_file(tokenizer)
+    if not replace:
+        check_vacant(folder, PARAMS, params)
     folder.mkdir(parents=True, exist_ok=True)
     # Own storage for each: torch.save writes whole storages, and a view may be part of a mapped file.
     theirs = {key: _own(tensor) for key, tensor in convert(state, original(config), back=True).items()}
@@ -537,7 +551,7 @@ def _own(tensor: Tensor) -> Tensor:
 
 
 def _export_hugging_face(
-    model: PerceptionLM, config: PlmConfig, folder: Path, tokenizer: LlamaTokenizer | None, shard: int
+    model: PerceptionLM, config: PlmConfig, folder: Path, tokenizer: LlamaTokenizer | None, *, shard: int, replace: bool
 ) -> None:
     from perception_lm import huggingface
 
@@ -547,6 +561,8 @@ def _export_hugging_face(
     dtype = str(_dtype(state)).removeprefix("torch.")
     tokens = (special["image"], special["video"])
     described = foreign.write_hugging_face(config, media_tokens=tokens, special=special, dtype=dtype)
+    if not replace:
+        check_vacant(folder, CONFIG, described)
     folder.mkdir(parents=True, exist_ok=True)
     write_shards(folder, convert(state, hugging_face(config), back=True), shard)
     for name, content in files.items():

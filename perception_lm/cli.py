@@ -10,27 +10,30 @@ from typing import Annotated, Any
 
 import typer
 
-from perception.cli import Device, Dtype, Json, note, show, table
-from perception.errors import ConfigError, PerceptionError
+from perception.cli import Device, Dtype, Json, check_picture, note, show, table
+from perception.errors import CheckpointError, ConfigError, MissingExtra, PerceptionError
 
 DEFAULT_MODEL = "PLM-nano"
 
 Model = Annotated[str, typer.Option("--ckpt", "--model", help="A model name, hub id or folder.")]
+Tokenizer = Annotated[
+    Path | None, typer.Option(help="A tokenizer.model or tokenizer.json, in place of the model's own if it has one.")
+]
 MediaPaths = Annotated[
     list[str] | None,
     typer.Option("--media_path", "--media-path", help="A picture or a video; give it again for more."),
 ]
 MediaKind = Annotated[str, typer.Option("--media_type", "--media-type", help="auto, image or video.")]
 Tiling = Annotated[str | None, typer.Option(help="thumb+tile, or vanilla: one tile.")]
-MaxTiles = Annotated[int | None, typer.Option(help="Tiles of a picture: fewer is faster, and sees less.")]
-Frames = Annotated[int | None, typer.Option(help="Frames of a video.")]
+MaxTiles = Annotated[int | None, typer.Option(min=1, help="Tiles of a picture: fewer is faster, and sees less.")]
+Frames = Annotated[int | None, typer.Option(min=1, help="Frames of a video.")]
 Start = Annotated[float | None, typer.Option(help="Where to begin in a video, in seconds.")]
 End = Annotated[float | None, typer.Option(help="Where to end in a video, in seconds.")]
 Fps = Annotated[float | None, typer.Option(help="Frames a second to choose from.")]
-MaxNewTokens = Annotated[int, typer.Option(help="Tokens of an answer, at most.")]
+MaxNewTokens = Annotated[int, typer.Option(min=1, help="Tokens of an answer, at most.")]
 Temperature = Annotated[float, typer.Option(help="0: the likeliest answer; above, drawn at random.")]
 TopP = Annotated[float | None, typer.Option(help="Draw among the likeliest tokens that together reach this.")]
-TopK = Annotated[int | None, typer.Option(help="Draw among so many of the likeliest tokens.")]
+TopK = Annotated[int | None, typer.Option(min=1, help="Draw among so many of the likeliest tokens.")]
 Penalty = Annotated[float | None, typer.Option(help="Above 1: repeats become less likely.")]
 Seed = Annotated[int | None, typer.Option(help="Of the draws; the same seed gives the same answer.")]
 System = Annotated[str | None, typer.Option(help="A system message in place of the usual one.")]
@@ -59,21 +62,21 @@ def generate(
     top_k: TopK = None,
     repetition_penalty: Penalty = None,
     seed: Seed = None,
-    samples: Annotated[int, typer.Option(help="Answers.")] = 1,
+    samples: Annotated[int, typer.Option(min=1, help="Answers.")] = 1,
     stop: Annotated[list[str] | None, typer.Option(help="End the answer here; may repeat.")] = None,
     system: System = None,
+    tokenizer: Tokenizer = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
     """Answer one question about pictures, a video, or nothing."""
-    from perception_lm.assistant import question_about
-
-    assistant = _load(ckpt, device, dtype)
-    messages: list[Any] = question_about(list(media_path or []), question, media_type)  # type: ignore[arg-type]
+    of_video = {"frames": frames, "start": start, "end": end, "fps": fps}
+    messages = _messages(question, media_path, media_type, of_video)
     if system is not None:
         messages = [{"role": "system", "content": system}, *messages]
-    shown = {"tiling": tiling, "max_tiles": max_tiles, "frames": frames, "start": start, "end": end, "fps": fps}
+    assistant = _load(ckpt, device, dtype, tokenizer)
+    shown = {"tiling": tiling, "max_tiles": max_tiles, **of_video}
     drawn = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     settings = {"max_new_tokens": max_new_tokens, "repetition_penalty": repetition_penalty, "stop": stop or ()}
     options = {**shown, **drawn, **settings}
@@ -101,6 +104,7 @@ def chat(
     repetition_penalty: Penalty = None,
     seed: Seed = None,
     system: System = None,
+    tokenizer: Tokenizer = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
@@ -108,7 +112,7 @@ def chat(
     """Talk, with pictures and videos on the way: /image PATH, /video PATH, /clear, /exit. Reads from a pipe, too."""
     shown = {"tiling": tiling, "max_tiles": max_tiles, "frames": frames}
     drawn = {"temperature": temperature, "top_p": top_p, "seed": seed, "repetition_penalty": repetition_penalty}
-    talk = _load(ckpt, device, dtype).chat(system, max_new_tokens=max_new_tokens, **shown, **drawn)
+    talk = _load(ckpt, device, dtype, tokenizer).chat(system, max_new_tokens=max_new_tokens, **shown, **drawn)
     turns = Turns(talk, quiet=as_json)
     for path in media_path or []:
         turns.attach(path, "auto")
@@ -145,7 +149,7 @@ class Turns:
                 raise ConfigError(f"no command {word}; there are /image PATH, /video PATH, /clear and /exit")
             elif line.strip():
                 self.ask(line.strip())
-        except (PerceptionError, ValueError, TypeError, OSError) as error:
+        except (PerceptionError, ValueError, OSError) as error:
             if isinstance(error, BrokenPipeError):
                 raise
             self.failed += 1
@@ -187,18 +191,17 @@ def ground(
     ckpt: Model = DEFAULT_MODEL,
     tiling: Tiling = None,
     max_tiles: MaxTiles = None,
+    tokenizer: Tokenizer = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     as_json: Json = False,
 ) -> None:
     """Where in a picture is what a sentence says: x1, y1, x2, y2 in pixels, a line a box."""
-    from PIL import Image
-
     from perception.files import atomic_write
 
-    if out is not None and out.suffix.lower() not in Image.registered_extensions():
-        raise ConfigError(f"--out {out} has no picture suffix; use .png")
-    assistant = _load(ckpt, device, dtype)
+    if out is not None:
+        check_picture(out)
+    assistant = _load(ckpt, device, dtype, tokenizer)
     boxes, picture = assistant.ground(image, caption, draw=True, tiling=tiling, max_tiles=max_tiles)
     if out is not None:
         with atomic_write(out) as temporary:
@@ -223,19 +226,17 @@ def estimate(
     fps: Fps = None,
     max_new_tokens: MaxNewTokens = 256,
     batch: Annotated[int, typer.Option(min=1, help="Such questions at once.")] = 1,
+    tokenizer: Tokenizer = None,
     dtype: Annotated[str, typer.Option(help="fp32, bf16, fp16")] = "bf16",
     as_json: Json = False,
 ) -> None:
     """Tokens and memory that a question would need, from the files' headers; no weights are read or downloaded."""
     from perception_lm import zoo
-    from perception_lm.assistant import question_about
 
-    config, tokenizer = _facts(ckpt)
-    processor = _processor(config, tokenizer)
-    messages = question_about(list(media_path or []), question, media_type)  # type: ignore[arg-type]
-    (found,) = processor.estimate(
-        [messages], tiling=tiling, max_tiles=max_tiles, frames=frames, start=start, end=end, fps=fps
-    )
+    of_video = {"frames": frames, "start": start, "end": end, "fps": fps}
+    messages = _messages(question, media_path, media_type, of_video)
+    config, words = _facts(ckpt, tokenizer)
+    (found,) = _processor(config, words).estimate([messages], tiling=tiling, max_tiles=max_tiles, **of_video)
     total = min(found.tokens + max_new_tokens, config.media.context)
     memory = zoo.estimate(config, dtype=dtype, batch=batch, tokens=total)
     fits = found.room >= max_new_tokens
@@ -248,12 +249,12 @@ def estimate(
         "pieces": list(found.pieces),
         "context": config.media.context,
         "fits": fits,
-        "counted": tokenizer is not None,
+        "counted": words is not None,
         "bytes": {**needed, "total": memory.total},
     }
 
     def text() -> str:
-        about = "" if tokenizer is not None else "about "
+        about = "" if words is not None else "about "
         rows = [[name, _size(size)] for name, size in {**needed, "total": memory.total}.items()]
         verdict = "fits" if fits else "DOES NOT FIT; lower --max-tiles or --frames"
         head = f"{about}{found.tokens} tokens ({found.slots} of media) and {max_new_tokens} of an answer, of "
@@ -292,6 +293,8 @@ def train(
         show(found, as_json, lambda: summary(found))
         return
     done = run_it(settings)
+    if os.environ.get("RANK", "0") != "0":  # of several processes, one says it
+        return
     said = "finished" if done else "stopped; the same command continues it"
     show({"out": settings.out, "finished": done}, as_json, lambda: f"{settings.out}: {said}")
 
@@ -299,46 +302,103 @@ def train(
 def export(
     model: Annotated[str, typer.Argument(help="A model name, hub id or folder; a training run or checkpoint of one.")],
     out: Annotated[Path, typer.Argument(help="A folder.")],
-    format: Annotated[str, typer.Option(help="native, original or hf.")] = "native",
+    format: Annotated[str, typer.Option(help="native, original or hf; tower: the vision tower alone.")] = "native",
     dtype: Annotated[str, typer.Option(help="stored, fp32, bf16, fp16")] = "stored",
+    tokenizer: Tokenizer = None,
+    force: Annotated[bool, typer.Option("--force", help="Write into a folder that holds another model, too.")] = False,
     as_json: Json = False,
 ) -> None:
     """Write a model in another layout, bit for bit the same weights."""
-    from perception.training.state import find_checkpoint
+    from perception.checkpoint import check_folder
+    from perception.training.state import find_checkpoint, read_facts
 
-    if format not in ("native", "original", "hf"):
-        raise ConfigError(f"no format {format!r}; there are: native, original, hf")
-    if os.path.isdir(model) and find_checkpoint(model) is not None:  # noqa: PTH112 -- a name may be too long for Path
+    if format not in ("native", "original", "hf", "tower"):
+        raise ConfigError(f"no format {format!r}; there are: native, original, hf, tower")
+    check_folder(out, "a vision tower" if format == "tower" else "a language model")
+    if os.path.isdir(model) and (found := find_checkpoint(model)) is not None:  # noqa: PTH112 -- may be too long for Path
         from perception.device import pick_dtype
+        from perception_encoder.training.launch import FORMAT
         from perception_lm.training.export import load_checkpoint
 
+        if read_facts(found).get("format") == FORMAT:
+            _export_encoder(model, out, format, dtype, force)
+            show({"format": format, "out": str(out)}, as_json, lambda: str(out))
+            return
+        if tokenizer is not None:
+            raise ConfigError(f"{model} is a training run, which has its tokenizer; --tokenizer is for other models")
         assistant = load_checkpoint(model, dtype=None if dtype == "stored" else pick_dtype(dtype))
     else:
-        assistant = _load(model, "cpu", dtype)
-    assistant.save(out, format)  # type: ignore[arg-type]
+        assistant = _load(model, "cpu", dtype, tokenizer)
+    if format == "tower":
+        from perception_lm.training.export import save_tower
+
+        save_tower(assistant, out, replace=force)
+    else:
+        assistant.save(out, format, replace=force)  # type: ignore[arg-type]
     show({"format": format, "out": str(out)}, as_json, lambda: str(out))
 
 
-def _load(ckpt: str, device: str, dtype: str) -> Any:
+def _export_encoder(run: str, out: Path, format: str, dtype: str, force: bool) -> None:
+    from perception.device import pick_dtype
+    from perception_encoder import checkpoints
+    from perception_encoder.training.launch import load_checkpoint
+
+    if format != "native":
+        raise ConfigError(
+            f"{run} is a run of an encoder, which is written as native; `perception convert {out}` makes other layouts "
+            "of that"
+        )
+    model = load_checkpoint(run)
+    checkpoints.export(model if dtype == "stored" else model.to(pick_dtype(dtype)), out, "native", replace=force)
+
+
+def _load(ckpt: str, device: str, dtype: str, tokenizer: Path | None) -> Any:
     from perception_lm.zoo import load
 
-    return load(ckpt, device=device, dtype=dtype)
+    return load(ckpt, tokenizer=tokenizer, device=device, dtype=dtype)
 
 
-def _facts(ckpt: str) -> tuple[Any, Any]:
-    """The config of a model, and its tokenizer where that is on this machine."""
+def _messages(question: str, media: list[str] | None, kind: str, of_video: dict[str, Any]) -> list[Any]:
+    """A conversation of one question. Without media a mark in it can stand for nothing: it is text, as in `chat`.
+
+    Raises ConfigError for options of a video where there is none.
+    """
+    from perception_lm.assistant import question_about
+    from perception_lm.chat import Clip, Message, Text
+
+    (message,) = question_about(list(media or []), question, kind)  # type: ignore[arg-type]
+    given = [name for name, value in of_video.items() if value is not None]
+    if given and not any(isinstance(part, Clip) for part in message.parts):
+        raise ConfigError(f"--{given[0]} is for videos, and none is given")
+    return [message] if media else [Message("user", (Text(text=question, literal=True),))]
+
+
+def _facts(ckpt: str, tokenizer: Path | None) -> tuple[Any, Any]:
+    """The config of a model, and its tokenizer where that is on this machine. The network is not asked."""
     from perception_lm import zoo
     from perception_lm.checkpoints import open_folder
     from perception_lm.config import PlmConfig
     from perception_lm.tokenizer import LlamaTokenizer
 
-    if not os.path.isdir(ckpt):  # noqa: PTH112 -- a name may be too long for Path
-        known = zoo.describe(ckpt)
-        return PlmConfig.from_dict(known["config"]), None
-    found = open_folder(Path(ckpt))
-    if not isinstance(found.config, PlmConfig):
-        raise ConfigError(f"{ckpt} holds a decoder alone; a whole model is a folder with a vision tower")
-    return found.config, None if found.tokenizer is None else LlamaTokenizer.from_file(found.tokenizer)
+    try:
+        found = open_folder(zoo.download(ckpt, offline=True))
+    except CheckpointError as error:  # not in the cache
+        try:
+            config, path = PlmConfig.from_dict(zoo.describe(ckpt)["config"]), tokenizer
+        except LookupError:
+            raise error from None
+    else:
+        if not isinstance(found.config, PlmConfig):
+            raise ConfigError(f"{ckpt} holds a decoder alone; a whole model is a folder with a vision tower")
+        config, path = found.config, tokenizer or found.tokenizer
+    if path is None:
+        return config, None
+    try:
+        return config, LlamaTokenizer.from_file(path)
+    except MissingExtra:
+        if tokenizer is not None:
+            raise
+        return config, None
 
 
 def _processor(config: Any, tokenizer: Any) -> Any:

@@ -6,7 +6,7 @@ B batch  T tokens  S slots  R = B * T rows  M media items  E decoder width  V vo
     anything else                                 torch's operators around the same weights
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from perception.errors import ConfigError
 from perception.kernels.cpp import kernels
 from perception.kernels.linear import pack
-from perception.kernels.matvec import FEW, Panels4, Panels8, Rows, Streamed, stream
-from perception.optimize import FastPart, Plan, optimize_part
+from perception.kernels.matvec import FEW, Panels4, Panels8, Rows, Streamed, stream, together
+from perception.optimize import FastPart, Plan, Twin, check_device, optimize_part
 from perception.rope import rope_1d
 from perception_lm.cache import HeadCache, KVCache, Packed, Past
 from perception_lm.decoder import Block, Decoder, fresh, take
@@ -47,14 +47,19 @@ def fast_plm(model: PerceptionLM, plan: Plan) -> PerceptionLM:
     projector = model.projector
     if isinstance(projector, PoolingProjector | PixelShuffleProjector):
         projector = cast(Any, FastProjector(projector, plan))
-    fast = PerceptionLM(encoder, projector, decoder, model.media_token, media_chunk=model.media_chunk)
+    fast = FastPlm(encoder, projector, decoder, model.media_token, media_chunk=model.media_chunk)
     return fast.eval()
+
+
+class FastPlm(Twin, PerceptionLM):
+    """A PerceptionLM whose parts are fast twins."""
 
 
 def fast_decoder(decoder: Decoder, plan: Plan) -> "FastDecoder | nn.Module":
     """The twin of a decoder, for the device it lies on."""
     check_full(decoder)
     device = decoder.token_embed.weight.device
+    check_device(plan, device)
     if device.type == "cuda":
         from perception_lm import fast_cuda
 
@@ -221,32 +226,32 @@ KEPT = (torch.float32, torch.bfloat16)  # dtypes of keys and values that compile
 class FastBlock:
     """x + attention(norm x), then x + mlp(norm x), all in float32.
 
-    Maps that read the same input are one where their weights are copied anyway; where the plain model's own memory
-    serves, they stay apart.
+    Compiled kernels take queries, keys and values in one call, and gate and up in another. Without them these maps are
+    one where their weights are copied anyway (`together`); where the plain model's own memory serves, they stay apart.
     """
 
     def __init__(self, block: Block, plan: Plan):
         attn, mlp = block.attn, block.mlp
         self.head_dim = attn.head_dim
+        self.outputs = [part.out_features for part in (attn.q, attn.k, attn.v)]
+        self.hidden = [mlp.gate.out_features] * 2
         self.norm1, self.norm2 = block.norm1.weight.detach().float(), block.norm2.weight.detach().float()
         make = _maker(plan)
-        self.weights: list[Streamed] = []
-        for linear in (attn.q, attn.k, attn.v, attn.o, mlp.gate, mlp.up, mlp.down):
-            self.weights.append(make(linear.weight))
-            if not plan.keep:
-                linear.weight.data = linear.weight.data.new_empty(0)  # layer by layer: both never fill the memory
+        self.qkv, self.o = make(attn.q, attn.k, attn.v), make(attn.o)
+        self.gate_up, self.down = make(mlp.gate, mlp.up), make(mlp.down)
+        self.weights = [*self.qkv, *self.o, *self.gate_up, *self.down]
         self.data, self.scales = [w.weight for w in self.weights], [w.scale for w in self.weights]
 
     def __call__(self, x: Tensor, turn: Tensor, past: Past, layer: int, eps: float) -> Tensor:
         """x B T E float32; turn B T 1 head_dim/2 complex"""
         B, T, E = x.shape
-        q, k, v, o, gate, up, down = self.weights
         h = F.rms_norm(x, (E,), self.norm1, eps).view(-1, E)
-        heads = [part(h).view(B, T, -1, self.head_dim) for part in (q, k, v)]
-        h = past.attend(layer, rotated(heads[0], turn), rotated(heads[1], turn), heads[2])
-        x = x + o(h.reshape(B * T, -1)).view(B, T, E)
+        q, k, v = (part.view(B, T, -1, self.head_dim) for part in applied(self.qkv, h, self.outputs))
+        h = past.attend(layer, rotated(q, turn), rotated(k, turn), v)
+        x = x + self.o[0](h.reshape(B * T, -1)).view(B, T, E)
         h = F.rms_norm(x, (E,), self.norm2, eps).view(-1, E)
-        return x.add_(down(F.silu(gate(h), inplace=True).mul_(up(h))).view(B, T, E))
+        gate, up = applied(self.gate_up, h, self.hidden)
+        return x.add_(self.down[0](F.silu(gate, inplace=True).mul_(up).contiguous()).view(B, T, E))
 
 
 def rotated(x: Tensor, turn: Tensor) -> Tensor:
@@ -255,8 +260,23 @@ def rotated(x: Tensor, turn: Tensor) -> Tensor:
     return torch.view_as_real(planes * turn).flatten(-2)
 
 
-def _maker(plan: Plan) -> Callable[[Tensor], Streamed]:
-    return lambda weight: stream(weight, plan.quantize, build=plan.build)
+def applied(maps: Sequence[Streamed], x: Tensor, outputs: list[int]) -> Sequence[Tensor]:
+    """What maps of one input give, each R of its outputs, whether they are one or apart.  x R K"""
+    return maps[0](x).split(outputs, dim=1) if len(maps) == 1 else [part(x) for part in maps]
+
+
+def _maker(plan: Plan) -> Callable[..., list[Streamed]]:
+    quantize = plan.quantize
+    assert quantize != "fp8", "no CPU computes in it"
+
+    def make(*linears: nn.Linear) -> list[Streamed]:
+        maps = together([linear.weight for linear in linears], quantize, build=plan.build)
+        if not plan.keep:
+            for linear in linears:  # as soon as may be, so that both never fill the memory
+                linear.weight.data = linear.weight.data.new_empty(0)
+        return maps
+
+    return make
 
 
 class FastProjector(FastPart):

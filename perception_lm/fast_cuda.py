@@ -9,6 +9,7 @@ B rows  T tokens  S slots  E decoder width  V vocabulary  K steps written ahead
 
 import weakref
 from collections.abc import Sequence
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +22,7 @@ from perception.kernels.graphs import Graphs
 from perception.kernels.triton.decode import attend_decode
 from perception.kernels.triton.int4 import Product4, takes
 from perception.kernels.triton.norm import rms_norm
-from perception.kernels.triton.quantized import Product, give_up
+from perception.kernels.triton.quantized import Code, Product, give_up, settle
 from perception.kernels.triton.rotary import rotate_into_cache
 from perception.kernels.triton.swiglu import swiglu
 from perception.optimize import FastPart, Plan
@@ -47,14 +48,18 @@ def fast_decoder(decoder: Decoder, plan: Plan) -> "CudaDecoder":
     if plan.quantize == "int4":
         fast.round4(None if plan.keep else decoder)
     elif plan.quantize:
-        fast.settle(fast.products)
+        fast.settle(fast.products, plan.quantize)
     if not plan.keep:
         give_up(decoder, [*fast.products, fast.head])
     return fast
 
 
 class CudaDecoder(FastPart):
-    """What Decoder does, call for call; its caches write ahead."""
+    """What Decoder does, call for call; its caches write ahead.
+
+    Threads may share it, each with caches of its own, as far as they work on one stream, as they do unless told
+    otherwise.
+    """
 
     def __init__(self, decoder: Decoder):
         super().__init__()
@@ -65,6 +70,7 @@ class CudaDecoder(FastPart):
         self.head = Product(self.embedding if decoder.head is None else decoder.head.weight.detach())
         self.rooms: list[Room] = []
         self._table: Rope | None = None
+        self.lock = RLock()  # over which room is whose, and over the table of angles and the graphs that read it
 
     @property
     def device(self) -> torch.device:
@@ -131,7 +137,8 @@ class CudaDecoder(FastPart):
                 device=self.device,
                 dtype=dtype,
             )
-        return self._room(batch, capacity).cache(self, capacity)
+        with self.lock:
+            return self._room(batch, capacity).cache(self, capacity)
 
     def round4(self, emptied: Decoder | None = None) -> None:
         """Four bits for the products of the blocks, and eight for the head where they do it no harm: it chooses among
@@ -145,23 +152,21 @@ class CudaDecoder(FastPart):
                 block.round4()
                 if emptied is not None:
                     give_up(emptied.blocks[index], block.products)
-        self.settle([self.head])
+        self.settle([self.head], "int8")
 
     @property
     def products(self) -> list[Linear]:
         """Those of the blocks."""
         return [product for block in self.blocks for product in block.products]
 
-    def settle(self, given: Sequence[Linear]) -> list[float]:
-        """Eight bits for those products that they do not harm: the cosine of each, on made-up tokens."""
+    def settle(self, given: Sequence[Linear], code: Code) -> list[float]:
+        """Eight bits for those products that harm neither them nor the logits: the cosine of each, on made-up
+        tokens."""
         products = [product for product in given if isinstance(product, Product)]
-        for product in products:
-            product.watching = True
         g = torch.Generator().manual_seed(0)
         ids = torch.randint(self.config.vocab, (1, min(256, self.config.context)), generator=g)
         with torch.no_grad():
-            self.forward(self.embed(ids.to(self.device)))
-        return [product.settle("int8") for product in products]
+            return settle(products, lambda: self.forward(self.embed(ids.to(self.device))), code)
 
     def step(self, tokens: Tensor, memory: "KVCache | Room", positions: Tensor) -> Tensor:
         """One token a row at its position, nothing read back: tokens B, positions B -> logits B 1 V."""
@@ -202,18 +207,19 @@ class CudaDecoder(FastPart):
 
     def _angles(self, capacity: int) -> Rope:
         """The table of at least `capacity` positions. Graphs read it where it lies: a longer one ends theirs."""
-        if self._table is None or len(self._table[0]) < capacity:
-            if self._table is not None:
+        with self.lock:
+            if self._table is None or len(self._table[0]) < capacity:
                 for room in self.rooms:
-                    room.graphs = Graphs(GRAPHS)
-            c = self.config
-            length = max(capacity, min(c.context, 16_384))
-            places = torch.arange(length, device=self.device)
-            self._table = rope_1d(places, c.head_dim, theta=c.rope_theta, scaling=c.rope_scaling)
-        return self._table
+                    room.graphs.clear()
+                c = self.config
+                length = max(capacity, min(c.context, 16_384))
+                places = torch.arange(length, device=self.device)
+                self._table = rope_1d(places, c.head_dim, theta=c.rope_theta, scaling=c.rope_scaling)
+            return self._table
 
     def _room(self, batch: int, capacity: int) -> "Room":
-        """A room that is free, or a new one; the free ones used longest ago are given up."""
+        """A room that is free, or a new one; the free ones used longest ago are given up. Under the lock, until it has
+        its guest."""
         size = -(-max(capacity, 1) // ROOM) * ROOM
         room = next((r for r in self.rooms if r.free and (r.batch, r.size) == (batch, size)), None)
         if room is None:
@@ -244,6 +250,7 @@ class Room:
         self.logprobs = torch.zeros(batch, AHEAD, device=device)
         self.seen: Tensor | None = None  # B V, of requests with a penalty
         self.graphs = Graphs(GRAPHS)
+        self.table: Rope | None = None  # what the graph that runs reads, though other threads ask for a longer one
         self._guest: weakref.ref[RoomCache] | None = None
 
     @property
@@ -268,7 +275,6 @@ class Room:
         count: int,
     ) -> tuple[list[list[int]], list[list[float]]]:
         """`count` steps after `lengths` tokens; the ids and log-probabilities they chose, B lists each."""
-        decoder._angles(self.size)  # before the graph, which only reads it
         key = (
             *(config.temperature, config.top_k, config.top_p, config.min_p, config.logprobs),
             config.repetition_penalty if config.penalised else None,
@@ -277,7 +283,9 @@ class Room:
             with torch.inference_mode(False):
                 self.seen = torch.zeros(self.batch, decoder.config.vocab, dtype=torch.bool, device=self.tokens.device)
         self._set(lengths, rows, config, count)  # first, for recording runs the steps for real: where nothing is yet
-        graph = self.graphs.of(key, lambda: self._step(decoder, config), device=self.tokens.device)
+        with decoder.lock:
+            self.table = decoder._angles(self.size)  # before the graph, which only reads it
+            graph = self.graphs.of(key, lambda: self._step(decoder, config), device=self.tokens.device)
         self._set(lengths, rows, config, count)
         for _ in range(count):
             graph()

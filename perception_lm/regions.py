@@ -44,6 +44,16 @@ class Box:
         )
 
 
+def check_box(box: Box, width: int, height: int) -> None:
+    """RequestError unless some of the box lies in a picture of this size, its upper left corner first."""
+    (x1, y1, x2, y2), finite = box.xyxy, all(map(math.isfinite, box.xyxy))
+    if not (finite and x1 <= x2 and y1 <= y2 and x1 < width and y1 < height and x2 >= 0 and y2 >= 0):
+        raise RequestError(
+            f"the box {list(box.xyxy)} in a picture of {width}x{height}; expected x1, y1, x2, y2 in pixels, the upper "
+            "left corner first, and some of it in the picture"
+        )
+
+
 def encode_box(
     x: float,
     y: float,

@@ -14,10 +14,10 @@ from torch import nn
 
 from perception.checkpoint import CONFIG, load_into, read_config
 from perception.device import pick_device, pick_dtype, shapes_only
-from perception.errors import CheckpointError, ConfigError
+from perception.errors import CheckpointError, ConfigError, UnknownName
 from perception.hub import locate
 from perception.pixels import PixelSpec
-from perception.registry import Registry
+from perception.registry import Registry, unknown
 from perception.rope import RopeScaling
 from perception_encoder import zoo as towers
 from perception_encoder.protocol import VisionEncoder
@@ -131,7 +131,7 @@ def describe(name: str) -> dict[str, Any]:
             "hub": None,
         }
     name = _short(name)
-    entry = MODELS.get(name)
+    entry = _entry(name)
     parts = dict(zip(("decoder", "vision", "projector"), entry.parameters, strict=True))
     return {
         "name": name,
@@ -199,6 +199,21 @@ def _short(name: str) -> str:
     return hubs.get(name.removeprefix("hf://"), name)
 
 
+def _entry(name: str) -> Entry:
+    if name not in MODELS:
+        raise _unknown(name)
+    return MODELS.get(name)
+
+
+def _unknown(name: str) -> UnknownName:
+    if towers.is_known(name):
+        return UnknownName(
+            f"{name!r} is a vision encoder; perception_encoder.load_encoder takes it, and `perception classify`, "
+            "`embed` and `features`; compose(encoder=...) makes a language model see with it"
+        )
+    return unknown("language model", name, list_models())
+
+
 @dataclass(frozen=True)
 class Memory:
     """Bytes that a request needs: `weights`, `cache` for `tokens` positions, and `logits` and `media` at their peak."""
@@ -233,7 +248,7 @@ def estimate(
     elif name_or_config in _packaged():
         config = cast(PlmConfig, open_folder(_packaged()[name_or_config]).config)
     else:
-        config = MODELS.get(_short(name_or_config)).config
+        config = _entry(_short(name_or_config)).config
     size = pick_dtype(dtype, "cpu", torch.bfloat16).itemsize
     decoder, vision, media = config.decoder, config.vision, config.media
     tokens = media.context if tokens is None else tokens
@@ -275,9 +290,10 @@ def load(
     CheckpointError for weights that are missing, damaged or another model's.
     """
     if os.path.isfile(os.path.join(name_or_path, "adapter_config.json")):  # noqa: PTH113, PTH118  a name may be too long for a Path
-        from perception_lm.training.lora import apply_adapter, base_of
+        from perception_lm.training.lora import apply_adapter, as_trained, base_of
 
         base = load(base_of(Path(name_or_path)), tokenizer=tokenizer, device=device, dtype=dtype, offline=offline)
+        base = as_trained(base, name_or_path)
         apply_adapter(base.model, name_or_path)
         return base
     found = _open(name_or_path, revision, offline)
@@ -331,7 +347,7 @@ def _folder(name_or_path: str | Path, revision: str | None, offline: bool | None
         if name_or_path in MODELS:
             name_or_path = f"hf://{MODELS.get(name_or_path).hub}"
         elif not {"/", "\\"} & set(name_or_path) and not os.path.exists(name_or_path):  # noqa: PTH110  a name may be too long for a Path
-            MODELS.get(name_or_path)  # raises, with the names that are near
+            raise _unknown(name_or_path)
     # A snapshot is configs, tokenizers and safetensors: of a repository in two layouts, one is fetched.
     path = locate(name_or_path, revision=revision, offline=offline)
     if not path.is_dir():
@@ -359,7 +375,8 @@ def _tokenizer(found: Found, given: str | Path | LlamaTokenizer | None) -> Llama
         path = found.tokenizer if given is None else Path(given)
         if path is None:
             raise CheckpointError(
-                f"{found.folder} has no tokenizer.model and no tokenizer.json; give one with tokenizer=PATH"
+                f"{found.folder} has no tokenizer.model and no tokenizer.json; give one with tokenizer=PATH "
+                "(--tokenizer PATH in the shell)"
             )
         tokenizer = LlamaTokenizer.from_file(path)
     config = cast(PlmConfig, found.config)

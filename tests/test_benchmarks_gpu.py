@@ -16,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 import perception_encoder as pe
 from perception.kernels.triton import language
+from perception_encoder.fast import FastVision
 
 ROOT = Path(__file__).parents[1]
 NAMES = ("gpu_encoder", "gpu_attention", "gpu_decode")
@@ -59,16 +60,13 @@ def test_without_a_gpu(
         assert not list(tmp_path.iterdir())
     start(module)
     assert "skipped: no CUDA device" in capsys.readouterr().out
-    if name == "gpu_attention":  # nothing was promised of it
-        assert not list(tmp_path.iterdir())
-        return
     cases = json.loads((tmp_path / f"{name}.json").read_text())["cases"]
     rows = [row for case in cases.values() for row in case["gates"]]
     assert {(row["verdict"], row["why"].split(": ")[1].split(";")[0]) for row in rows} == {
         ("not run", "no CUDA device")
     }
     text = table.render(tmp_path)
-    assert all(f"| {row['what']} | {row['gate']} ({row['aim']}) | not run | |" in text for row in rows)
+    assert all(f"| {row['what']} | {row['gate']} ({row['aim']}) | not run | - |" in text for row in rows)
     first = next(iter(cases))
     cases[first] = {"gates": [], "measured": "on a GPU, once"}
     (tmp_path / f"{name}.json").write_text(json.dumps({"cases": cases}))
@@ -123,6 +121,7 @@ def test_the_encoder_script(
     module = script("gpu_encoder")
     small = pe.VisionConfig(image_size=16, patch_size=8, width=32, depth=2, heads=2, mlp_width=64, output_width=16)
     monkeypatch.setattr(module, "tower", lambda name: script("peers").randomise(pe.VisionTransformer(small)))
+    monkeypatch.setattr(FastVision, "compile", torch.nn.Module.compile)  # the twin of a CPU, which it is, refuses
     modes: list[str | None] = []
     monkeypatch.setattr(torch, "compile", lambda model, **options: (modes.append(options.get("mode")), model)[1])
     monkeypatch.setattr(module, "CASES", [module.Case("B16-224", 9)])
@@ -161,6 +160,60 @@ def test_the_attention_script(
         assert case in out
     assert out.count("/ the fastest other / ") == 7
     assert "chosen by measurement:" in out
+
+
+def test_a_case_whose_truth_fails_is_left_out(
+    script: Callable[[str], ModuleType],
+    make_believe: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """And what is measured is saved before the next case begins."""
+    module, gpu = script("gpu_attention"), script("gpu")
+    monkeypatch.setattr(module, "TOWERS", [(16, 2, 9, 2)])
+    try_out, saved = gpu.try_out, []
+
+    def without(calls: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+        if saved:
+            return try_out(calls)
+        return {name: call for name, call in calls.items() if name != "reference"}, {"reference": "no memory left"}
+
+    monkeypatch.setattr(gpu, "try_out", without)
+    monkeypatch.setattr(module, "save", lambda name, method, cases, chosen: saved.append(list(cases)))
+    start(module, "--quick", "--only", "head_dim 16")
+    first, second = "head_dim 16, 9 tokens, batch 2", "head_dim 16, 9 tokens, batch 2, causal"
+    assert saved == [[first], [first, second]]
+    out = printed(capsys)
+    assert "no memory left" in out
+    assert f"GPU, {first}: auto / the fastest other: -, gate 0.95 (1.0): not run" in out
+    assert f"GPU, {second}: auto / the fastest other / " in out
+
+
+def test_every_attention_case_was_promised(
+    script: Callable[[str], ModuleType],
+    make_believe: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    module = script("gpu_attention")
+    monkeypatch.setattr(module, "TOWERS", [(16, 2, 9, 2)])
+    monkeypatch.setattr(module, "CACHES", [(2, 24)])
+    monkeypatch.setattr(module, "LAYERS", 1)
+    monkeypatch.setattr(module, "BATCH", 1)
+    monkeypatch.setattr(module, "DOCUMENTS", (4, 2, 9))
+    found = {}
+
+    def compare(name: str, chosen: Any, calls: Any, limit: Any, work: float, truth: str, ours: str) -> dict[str, Any]:
+        found[name] = ours, set(calls) - {ours}
+        return {"threads": 0}
+
+    monkeypatch.setattr(module, "compare", compare)
+    start(module, "--quick")
+    promised = module.promised()
+    assert list(promised) == list(found)
+    for name, (ours, others) in found.items():
+        (gate,) = promised[name]
+        assert gate.ours == ours
+        assert others <= set(gate.peers)
 
 
 @pytest.mark.slow  # transformers takes its time to be imported

@@ -5,9 +5,12 @@ import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
+
+from perception import doctor
 
 ROOT = Path(__file__).parents[1]
 MAY_IMPORT = {
@@ -40,6 +43,13 @@ def test_imports_point_down(path: Path) -> None:
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             names.add(node.module.split(".")[0])
     assert not (names & MAY_IMPORT.keys()) - MAY_IMPORT[package] - {package}
+
+
+def test_the_doctor_knows_every_extra() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["optional-dependencies"]
+    everything = extras.pop("all")[0].partition("[")[2].rstrip("]").split(",")
+    del extras["dev"]
+    assert set(extras) == set(doctor.EXTRAS) == set(everything)
 
 
 def test_import_leaves_the_heavy_packages_out() -> None:

@@ -1,7 +1,9 @@
 """A tiny assistant and rows for it to learn from."""
 
 import json
+import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,26 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@contextmanager
+def watched_compiler(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[torch.fx.GraphModule]]:
+    """`nn.Module.compile` traces as it does, and runs what it traced without generating code, which takes minutes.
+
+    The graphs that were traced.
+    """
+    graphs: list[torch.fx.GraphModule] = []
+    compile = torch.nn.Module.compile
+
+    def traced(graph: torch.fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        graphs.append(graph)
+        return graph.forward
+
+    with monkeypatch.context() as patch, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"The \.grad attribute")  # torch hides it where it is no error
+        patch.setattr(torch.nn.Module, "compile", lambda self, **how: compile(self, backend=traced, **how))
+        yield graphs
+    torch._dynamo.reset()
 
 
 def tiny_assistant(seed: int = 0) -> Assistant:

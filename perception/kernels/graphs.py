@@ -4,6 +4,7 @@ more than running it.
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Sequence
+from threading import RLock
 from typing import Any
 
 import torch
@@ -69,34 +70,51 @@ class Graph:
                     function(*self.inputs)
             torch.cuda.current_stream().wait_stream(side)
             self.graph = torch.cuda.CUDAGraph()
-            # other threads may go on using the device meanwhile
-            with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
+            # Other threads may go on using the device meanwhile. PyTorch's own stream for this is made once, on the
+            # device that comes first.
+            with torch.cuda.graph(self.graph, pool=pool, stream=side, capture_error_mode="thread_local"):
                 self.outputs = function(*self.inputs)
 
 
 class Graphs:
-    """Graphs by key, the `most` latest used; they share their memory."""
+    """Graphs by key, the `most` latest used; they share their memory.
+
+    Threads may share them as far as they work on one stream, as they do unless told otherwise: each takes `lock` from
+    its inputs to its copy of the outputs.
+    """
 
     def __init__(self, most: int):
         self.most = most
+        self.lock = RLock()
         self.kept: OrderedDict[Hashable, Graph] = OrderedDict()
         self.pool: Any = None
 
     def __call__(self, key: Hashable, function: Callable[..., Outputs], *inputs: Tensor) -> Outputs:
-        """Run `function` through its graph, recorded when the key, the shapes and dtypes are first met."""
-        return self.of(key, function, *inputs)(*inputs)
+        """Run `function` through its graph, recorded when the key, the shapes and dtypes are first met.
+
+        What comes back is the caller's to keep.
+        """
+        with self.lock, torch.no_grad():
+            return tuple(x.clone() for x in self.of(key, function, *inputs)(*inputs))
 
     def of(
         self, key: Hashable, function: Callable[..., Outputs], *inputs: Tensor, device: torch.device | None = None
     ) -> Graph:
-        """The graph itself, recorded when it is first asked for."""
+        """The graph itself, recorded when it is first asked for; whoever calls it sees to it that no other does."""
         full = (key, *((x.shape, x.dtype, x.device) for x in inputs))
-        if full not in self.kept:
-            device = device or inputs[0].device
-            if self.pool is None and device.type == "cuda":
-                self.pool = torch.cuda.graph_pool_handle()
-            while len(self.kept) >= self.most:
-                self.kept.popitem(last=False)
-            self.kept[full] = Graph(function, inputs, device=device, pool=self.pool)
-        self.kept.move_to_end(full)
-        return self.kept[full]
+        with self.lock:
+            if full not in self.kept:
+                device = device or inputs[0].device
+                if self.pool is None and device.type == "cuda":
+                    self.pool = torch.cuda.graph_pool_handle()
+                while len(self.kept) >= self.most:
+                    self.kept.popitem(last=False)
+                self.kept[full] = Graph(function, inputs, device=device, pool=self.pool)
+            self.kept.move_to_end(full)
+            return self.kept[full]
+
+    def clear(self) -> None:
+        """Forget all of them, and the memory they shared."""
+        with self.lock:
+            self.kept.clear()
+            self.pool = None

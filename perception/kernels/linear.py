@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from perception.errors import ConfigError
 from perception.kernels.cpp import kernels
@@ -36,7 +36,6 @@ def pack(
     dtype: torch.dtype | None = None,
     quantize: Literal["int8"] | None = None,
     gain: Tensor | None = None,
-    norm: nn.LayerNorm | None = None,
     rows: int = 256,
     most: int = 0,
 ) -> "PackedLinear":
@@ -46,7 +45,6 @@ def pack(
     dtype         of what comes in and goes out; the weight's by default
     quantize      "int8": weights (one scale an output) and inputs (one scale a call) in 8 bits
     gain          N, multiplies the output: LayerScale, folded into weight and bias
-    norm          a LayerNorm before this layer whose affine part is folded in; call it without
     rows          M to expect
     most          M to expect at times: a second layout is held for many rows where another form is faster then
 
@@ -57,7 +55,7 @@ def pack(
         raise ConfigError(f"no quantisation {quantize!r} for these layers; there is: int8")
     dtype = dtype or weight.dtype
     with torch.no_grad():
-        weight, bias = fold(weight, bias, gain=gain, norm=norm)
+        weight, bias = fold(weight, bias, gain)
         weight = weight.detach()
         bias = None if bias is None else bias.detach()
         n, k = weight.shape
@@ -75,22 +73,17 @@ def pack(
         return ByRows(layer, FORMS[form_of_many](weight, bias, dtype))
 
 
-def fold(
-    weight: Tensor, bias: Tensor | None, *, gain: Tensor | None = None, norm: nn.LayerNorm | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of gain * (weight @ norm(x) + bias), for the x that the norm's own affine part did not touch.
+def fold(weight: Tensor, bias: Tensor | None, gain: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of gain * (weight @ x + bias).
 
     Exact in real arithmetic. The products are taken in float64 and come back in float32 where something was folded.
     """
-    if gain is None and (norm is None or not norm.elementwise_affine):
+    # The affine part of a norm before the layer is not folded in, though it could be: the norm is one pass over x, ours
+    # or torch's, that applies gain and bias to what it writes anyway. Nothing would be saved.
+    if gain is None:
         return weight, bias
-    w, b = weight.double(), weight.new_zeros(len(weight), dtype=torch.float64) if bias is None else bias.double()
-    if norm is not None and norm.elementwise_affine:
-        b = b if norm.bias is None else b + w @ norm.bias.double()
-        w = w * norm.weight.double()
-    if gain is not None:
-        w, b = w * gain.double()[:, None], b * gain.double()
-    return w.float(), b.float()
+    w, b = weight.double() * gain.double()[:, None], None if bias is None else bias.double() * gain.double()
+    return w.float(), None if b is None else b.float()
 
 
 class Late(NamedTuple):

@@ -9,7 +9,7 @@ float32 (or stays half precision, where the processor computes in it) block by b
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
@@ -227,6 +227,19 @@ def stream(weight: Tensor, quantize: Literal["int8", "int4"] | None = None, *, b
         if quantize == "int4" and group is not None:
             return _first([lambda: Panels4(weight, group)] if compiled("int4", build) else [], weight, group)
         return _first([lambda: Panels8(weight)] if compiled("int8", build) else [], weight, None)
+
+
+def together(
+    weights: Sequence[Tensor], quantize: Literal["int8", "int4"] | None = None, *, build: bool = True
+) -> list[Streamed]:
+    """Maps that read the same input, arguments and errors as `stream`'s: one map whose outputs lie end to end, where
+    torch's operators take copies of the weights; else one each. Compiled kernels take several maps in one call, and
+    rows that the model lends stay where they are.
+    """
+    form = stream(weights[0][:PANEL], quantize, build=build)
+    if isinstance(form, Rows | Panels8 | Panels4):
+        return [stream(weight, quantize, build=build) for weight in weights]
+    return [stream(torch.cat(list(weights)), quantize, build=build)]
 
 
 def _rows(weight: Tensor, build: bool) -> Streamed:

@@ -2,6 +2,9 @@
 
 Kernels differ by head size, dtype, length and GPU, and the order changes with each release of the libraries below. The
 first call of each kind is run with every kernel that takes it; the answers live as long as the process.
+
+cuDNN takes part only where every query sees every key and both are of one length: that is a picture's attention, whose
+sizes come again. It builds a plan for each new shape, which the lengths of texts would cost anew at every call.
 """
 
 import logging
@@ -17,8 +20,10 @@ log = logging.getLogger(__name__)
 
 BACKENDS = {"flash": "FLASH_ATTENTION", "cudnn": "CUDNN_ATTENTION", "efficient": "EFFICIENT_ATTENTION"}
 ROUNDS = 7
+BUSY = 2_000_000  # ticks of a GPU's clock, about a millisecond: longer than Python takes to start any of the kernels
 
-# device, dtype, head_dim, query heads of a key head, "full" | "causal" | "mask", queries and keys as powers of two
+# device, dtype, head_dim, query heads of a key head, "full" | "cross" | "causal" | "mask", queries and keys as powers
+# of two
 Key = tuple[str, torch.dtype, int, int, str, int, int]
 _table: dict[Key, str] = {}
 
@@ -32,7 +37,7 @@ def fastest(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) 
     """The name of the kernel for tensors like these, shapes as in `perception.attention.attend`.
 
     Measured when it is first asked for; while a graph is recorded or gradients are wanted nothing can be, and what was
-    not measured before is left to PyTorch's own choice.
+    not measured before is left to "sdpa".
     """
     key = kind_of(q, k, causal, mask)
     if key not in _table:
@@ -46,7 +51,7 @@ def fastest(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) 
 def kind_of(q: Tensor, k: Tensor, causal: bool, mask: Tensor | None) -> Key:
     """Calls of one kind share an answer."""
     n, s = (math.ceil(math.log2(max(x.shape[1], 1))) for x in (q, k))
-    kind = "causal" if causal else "full" if mask is None else "mask"
+    kind = "causal" if causal else "mask" if mask is not None else "full" if q.shape[1] == k.shape[1] else "cross"
     return (str(q.device), q.dtype, q.shape[3], q.shape[2] // k.shape[2], kind, n, s)
 
 
@@ -63,9 +68,18 @@ def measure(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) 
     def run(name: str) -> Callable[[], Tensor]:
         return lambda: KERNELS[name](q, k, v, causal, mask)
 
-    names = ["sdpa", *(name for name in BACKENDS if usable(name, q, k, v, causal, mask))]
     wanted = run("sdpa")()
-    names = [name for name in names if agree(run(name)(), wanted)]
+
+    def good(name: str) -> bool:
+        try:
+            return agree(run(name)(), wanted)
+        except RuntimeError as error:  # what a kernel's own rules let through, a library or a driver may still refuse
+            log.debug("attention %s failed: %s", name, error)
+            return False
+
+    repeated = kind_of(q, k, causal, mask)[4] == "full"
+    names = ["sdpa", *(n for n in BACKENDS if (repeated or n != "cudnn") and usable(n, q, k, v, causal, mask))]
+    names = [name for name in names if good(name)]
     rounds = [{name: seconds(run(name), q.device) for name in names} for _ in range(ROUNDS + 1)][1:]
     return min(names, key=lambda name: statistics.median(r[name] for r in rounds)) if names else "sdpa"
 
@@ -78,9 +92,14 @@ def agree(got: Tensor, wanted: Tensor) -> bool:
 
 
 def seconds(run: Callable[[], Tensor], device: torch.device) -> float:
-    """Time of one run on a GPU, by its own clock."""
+    """Time of one run on a GPU, by its own clock.
+
+    The device is kept busy first, so that all of the run waits behind `start` in its queue: an idle device would start
+    the clock at once, and then wait for Python.
+    """
     start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     with torch.cuda.device(device):
+        torch.cuda._sleep(BUSY)
         start.record()
         run()
         stop.record()
@@ -94,7 +113,8 @@ def usable(name: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tenso
         return False
     n, s = q.shape[1], k.shape[1]
     if causal and 1 < n < s:
-        mask = torch.ones((), dtype=torch.bool, device=q.device).expand(n, s)  # what "sdpa" gives it
+        # what "sdpa" gives it, as far as the rules look: the keys lie side by side
+        mask = torch.ones(1, s, dtype=torch.bool, device=q.device).expand(n, s)
     params = torch.backends.cuda.SDPAParams(
         *(x.transpose(1, 2) for x in (q, k, v)), mask, 0.0, causal and n == s, q.shape[2] != k.shape[2]
     )

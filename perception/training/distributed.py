@@ -209,10 +209,13 @@ def _end_threads_in_time(world: World) -> None:
     atexit.register(gc.collect)
 
 
-def shard(whole: nn.Module, units: Sequence[nn.Module], config: EngineConfig, world: World) -> None:
+def shard(
+    whole: nn.Module, units: Sequence[nn.Module], config: EngineConfig, world: World, exact: Sequence[nn.Module] = ()
+) -> None:
     """Spread the parameters of a module over the processes; each unit's are gathered when it is needed.
 
     units  blocks, each of which fits on a device beside the activations; the whole keeps the rest
+    exact  modules whose parameters are not rounded for bf16 passes
     """
     if not world.grouped:
         return
@@ -237,6 +240,8 @@ def shard(whole: nn.Module, units: Sequence[nn.Module], config: EngineConfig, wo
     )
     for unit in units:
         fully_shard(unit, mesh=mesh, mp_policy=policy)
+    for unit in exact:
+        fully_shard(unit, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
     fully_shard(whole, mesh=mesh, mp_policy=policy)
 
 

@@ -25,6 +25,25 @@ def read_run(kind: type[T], path: str | Path, overrides: Iterable[str] = ()) -> 
     return read_settings(kind, data, str(path))
 
 
+def find_run(name: str | Path, ready: Path) -> Path:
+    """The run file of a path, or of the name of one in the folder `ready`. What is here comes before what is ready.
+
+    Raises ConfigError with the names of the ready ones where there is neither.
+    """
+    path = Path(name)
+    packaged = ready / f"{path.name.removesuffix('.toml')}.toml"
+    if path.is_file():
+        return path
+    if path.parent == Path() and packaged.is_file():
+        return packaged
+    raise ConfigError(f"no run file at {path}; those of the package are {', '.join(ready_runs(ready))}")
+
+
+def ready_runs(folder: Path) -> list[str]:
+    """The names of the run files in a folder."""
+    return sorted(path.stem for path in folder.glob("*.toml"))
+
+
 def read_toml(path: str | Path) -> dict[str, Any]:
     path = Path(path)
     try:

@@ -1,6 +1,7 @@
 """What happened in a run: a line of JSON a step, TensorBoard where it is installed, a bar with the time left."""
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ PEAKS = {
     "GH200": 989e12,
     "A100": 312e12,
     "L40S": 362e12,
+    "L40": 181e12,
     "A10G": 70e12,
     "L4": 121e12,
     "4090": 165e12,
@@ -36,7 +38,7 @@ class Metrics:
         folder.mkdir(parents=True, exist_ok=True)
         self._cut(step)
         self._file = self.path.open("a", encoding="utf-8")
-        self._board = _board(folder) if tensorboard else None
+        self._board = _board(folder, step) if tensorboard else None
         hidden = not sys.stderr.isatty() if bar is None else not bar
         self._bar = tqdm(total=steps, initial=step, unit="step", disable=hidden, smoothing=0.05)
 
@@ -79,20 +81,21 @@ def read_metrics(folder: str | Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in text.splitlines()]
 
 
-def _board(folder: Path) -> Any:
+def _board(folder: Path, step: int) -> Any:
+    """A writer that tells TensorBoard to forget what earlier ones wrote of the steps after this one."""
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         return None
-    return SummaryWriter(str(folder / "tensorboard"))
+    return SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
 
 
 def peak_flops(device: torch.device) -> float | None:
     """bf16 operations a second of the device, None where they are not known."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in PEAKS.items() if known in name), None)
+    words = re.split(r"[^0-9A-Za-z]+", torch.cuda.get_device_name(device))  # whole ones: an A1000 is no A100
+    return next((PEAKS[word] for word in words if word in PEAKS), None)
 
 
 def peak_memory(device: torch.device) -> int:

@@ -10,6 +10,7 @@ processes can load what any number saved.
 
 import json
 import logging
+import os
 import pickle
 import re
 import shutil
@@ -271,6 +272,11 @@ def _check_owner(path: Path) -> None:
         return
     if found.st_mode & stat.S_IWOTH:
         log.warning("%s can be written by everybody; a checkpoint of a run should be its owner's alone", path)
+    # What the administrator wrote is as safe as the system itself. Windows knows no such numbers.
+    if hasattr(os, "geteuid") and found.st_uid not in (0, os.geteuid()):
+        log.warning(
+            "%s is another user's (number %d), who can change it; go on with runs of your own", path, found.st_uid
+        )
 
 
 @contextmanager

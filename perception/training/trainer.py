@@ -5,6 +5,7 @@ process. The loss is a sum over what is learned, divided at the end of the step 
 computed; so packing, accumulation and the number of processes change nothing but the rounding.
 """
 
+import json
 import logging
 import math
 import signal
@@ -19,8 +20,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from perception.errors import CheckpointError, PerceptionError
+from perception.errors import CheckpointError, ConfigError, PerceptionError
+from perception.settings import check_range
 from perception.training.distributed import World, is_sharded, whole_tensor
+from perception.training.files import differences
 from perception.training.metrics import Metrics, peak_flops, peak_memory
 from perception.training.order import mix
 from perception.training.state import Checkpoints, KeepConfig, load_tensors, read_facts, tensor_shapes
@@ -64,7 +67,8 @@ class TrainerConfig:
     seed        of everything random that is not data
     clip        largest length of the gradient; 0: no limit
     average     decay of a running average of the weights, kept beside them; 0: none
-    patience    steps in a row whose loss or gradient is no number: each is skipped, after so many the run stops
+    patience    steps in a row that teach nothing, as their loss or gradient is no number or none of their samples can
+                be learned from: each is skipped, after so many the run stops
     max_bad     bad rows that are passed over; one more and the run stops
     log_every   steps between lines of the record
     stop_after  seconds after which the run saves and stops, to be continued; 0: none
@@ -81,6 +85,16 @@ class TrainerConfig:
     stop_after: float = 0.0
     keep: KeepConfig = field(default_factory=KeepConfig)
     tensorboard: bool = True
+
+
+def check_adamw(lr: float, betas: tuple[float, float], eps: float, weight_decay: float, clip: float) -> None:
+    """ConfigError naming the key of a run file's [optimizer] that cannot be. torch takes some, and the loss climbs."""
+    check_range("optimizer.lr", lr, 0, 1000)
+    for beta in betas:
+        check_range("optimizer.betas", beta, 0, 1 - 1e-9)
+    check_range("optimizer.eps", eps, 0, 1)
+    check_range("optimizer.weight_decay", weight_decay, 0, 1000)
+    check_range("optimizer.clip", clip, 0, 10**9)
 
 
 class Stopped(PerceptionError, RuntimeError):
@@ -122,10 +136,13 @@ class Trainer:
         self.checkpoints = Checkpoints(self.folder / "checkpoints", config.keep, self.world)
         self.rates = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.learned = {name: p for name, p in task.named_parameters() if p.requires_grad}
-        self.step = self.position = self.skipped = self.failures = 0
+        self.step = self.position = self.skipped = 0
+        self._begin_failures()
+        self.named_long = False  # whether a sample that is too long was named already
         self.seconds = self.tokens = 0.0
         self.bad: set[tuple[str, int]] = set()  # rows, of all processes
         self.bad_rows = 0
+        self.last_bad = ""  # why this process left out the last of them
         self.averages = {n: p.detach().clone() for n, p in self.learned.items()} if config.average else {}
 
     # --- running ---
@@ -133,8 +150,8 @@ class Trainer:
     def run(self) -> bool:
         """Train to the end, from the newest checkpoint if there is one. False when it was told to stop first.
 
-        What was done is saved either way. Raises Stopped when the loss is no number too often or too many rows are
-        bad, CheckpointError when nothing can be saved.
+        What was done is saved either way. Raises Stopped when too many steps in a row teach nothing, or all of them,
+        and when too many rows are bad; CheckpointError when nothing can be saved.
         """
         self.resume()
         record = None
@@ -190,7 +207,18 @@ class Trainer:
                 saved = time.monotonic()
         if saved_step != self.step or self.checkpoints.latest() is None:
             self.save()
-        return self.step >= self.config.steps
+        done = self.step >= self.config.steps
+        if done and self.skipped >= self.step:
+            why = f"nothing was learned in {self.skipped} of {self.step} steps{self._details()}"
+            raise Stopped(f"{why}; the state is saved in {self.checkpoints.path(self.step)}")
+        return done
+
+    def rehearse(self, steps: Iterator[Any]) -> dict[str, Any]:
+        """`advance` of a step that is thrown away. Raises ConfigError when nothing was learned in it."""
+        line = self.advance(steps)
+        if self.failures:
+            raise ConfigError(f"the first step taught nothing{self._details()}")
+        return line
 
     @property
     def recorded(self) -> bool:
@@ -253,7 +281,12 @@ class Trainer:
         """Gradients of sums to the step: divided by what was learned, cut to length, applied if they are numbers."""
         new = {(bad.source, bad.index) for bad in report.lost if not bad.too_long} - self.bad
         for bad in report.lost:
-            log.log(logging.DEBUG if bad.too_long else logging.WARNING, "left out %s", bad.why)
+            if bad.too_long and not self.named_long:
+                log.warning("left out %s (others like it are counted as too_long, and not named)", bad.why)
+                self.named_long = True
+            else:
+                log.log(logging.DEBUG if bad.too_long else logging.WARNING, "left out %s", bad.why)
+                self.last_bad = self.last_bad if bad.too_long else bad.why
         long = sum(bad.too_long for bad in report.lost)
         totals = [sums["loss"], sums["weight"], sums["tokens"], float(report.samples), float(len(new)), float(long)]
         loss, weight, tokens, samples, fresh, long_all = self.world.total(totals)
@@ -269,13 +302,16 @@ class Trainer:
             for optimizer in self.optimizers:
                 optimizer.step()
             self._update_averages()
-            self.failures = 0
+            self._begin_failures()
         else:
             self.skipped += 1
+            self.failures += 1
+            self.long += int(long_all)
+            for bad in report.lost:
+                self.reasons.setdefault(bad.too_long, bad.why)
             if weight:
-                self.failures += 1
-            why = f"loss {mean}, gradient {norm}" if weight else "nothing to learn in it"
-            log.warning("step %d is skipped: %s", self.step + 1, why)
+                self.number = f"loss {mean}, gradient {norm}"
+            log.warning("step %d is skipped: %s", self.step + 1, self.number if weight else "nothing to learn in it")
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         return {
@@ -312,10 +348,27 @@ class Trainer:
 
     def _reason_to_stop(self) -> str | None:
         if self.failures >= self.config.patience:
-            return f"loss or gradient was no number in {self.failures} steps in a row"
+            return f"nothing was learned in {self.failures} steps in a row{self._details()}"
         if self.bad_rows > self.config.max_bad:
-            return f"{self.bad_rows} bad rows; max_bad allows {self.config.max_bad} (each was named above)"
+            last = f", the last of them {self.last_bad}" if self.last_bad else ""
+            return f"{self.bad_rows} bad rows; max_bad allows {self.config.max_bad} (each was named above{last})"
         return None
+
+    def _begin_failures(self) -> None:
+        """What is known of the steps since the last that taught something."""
+        self.failures = self.long = 0
+        self.number = ""  # the last loss and gradient that were none
+        self.reasons: dict[bool, str] = {}  # whether too long -> why the first such sample was left out
+
+    def _details(self) -> str:
+        """Why the last steps taught nothing, as the end of a message."""
+        found = [self.number] if self.number else []
+        if self.long:
+            such = f", such as {self.reasons[True]}" if True in self.reasons else ""
+            found.append(f"{self.long} samples too long{such}")
+        if False in self.reasons:
+            found.append(self.reasons[False])
+        return f": {'; '.join(found)}" if found else ""
 
     def _speed(self, flops: float, took: float) -> dict[str, Any]:
         (flops,) = self.world.total([flops])
@@ -368,12 +421,14 @@ class Trainer:
         self.seconds, self.tokens = float(facts["seconds"]), float(facts["tokens"])
         self.skipped, self.bad_rows = int(facts["skipped"]), int(facts["bad_rows"])
         # A run that was stopped for its failures gets another chance when somebody starts it again.
-        self.failures = 0
+        self._begin_failures()
         self.bad = {(str(source), int(index)) for source, index in facts["bad"]}
         if self.world.first:
             for name, known in facts.get("fingerprints", {}).items():
                 if (now := self.facts.get("fingerprints", {}).get(name)) != known:
                     log.warning("%s has changed since step %d: %s, now %s", name, self.step, known, now)
+            if changed := differences(facts.get("run", {}), _plain(self.facts.get("run", {}))):
+                log.warning("settings that are not those of step %d: %s", self.step, ", ".join(changed))
             log.info("continuing at step %d of %d", self.step, self.config.steps)
         return True
 
@@ -405,6 +460,11 @@ class Trainer:
 def _saved_buffers(task: nn.Module) -> Iterable[tuple[str, Tensor]]:
     kept = task.state_dict().keys()
     return [(name, buffer) for name, buffer in task.named_buffers() if name in kept]
+
+
+def _plain(settings: Mapping[str, Any]) -> Any:
+    """Settings as JSON gives them back."""
+    return json.loads(json.dumps(settings))
 
 
 @contextmanager

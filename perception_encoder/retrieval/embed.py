@@ -114,14 +114,15 @@ class Embeddings(NamedTuple):
 def fingerprint(model: Any) -> str:
     """A short hash of the weights' shape and a sample of their values, and of the preprocessing.
 
-    A fast twin carries that of the model it came from, with `-int8` behind it where it rounds. Preprocessing it was
-    given since then makes it another.
+    A fast twin carries that of the model it came from, with `-int8` or `-fp8` behind it where it rounds. Preprocessing
+    it was given since then makes it another.
     """
     if isinstance(known := getattr(model, "fingerprint", None), str):
         now = str(model.preprocess.fingerprint())
         if now == getattr(model, "marked", now):
             return known
-        return hashlib.sha256(f"{known} {now}".encode()).hexdigest()[:16] + ("-int8" if known.endswith("-int8") else "")
+        rounds = next((mark for mark in ("-int8", "-fp8") if known.endswith(mark)), "")
+        return hashlib.sha256(f"{known} {now}".encode()).hexdigest()[:16] + rounds
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         sample = tensor.detach().flatten()[:64].float().cpu()

@@ -6,11 +6,12 @@
     {"width": {">=": 512, "<": 1024}}      compared; also !=, >, <=
     {"text": {"contains": "red"}}          part of a text
 
-All conditions of one filter hold together. A row that does not know the column meets no condition but None.
+All conditions of one filter hold together. A row that does not know the column meets no condition but None; a column
+that no row knows is an error.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -62,13 +63,22 @@ def _checked(name: str, operator: str, value: Any) -> Any:
     return value
 
 
+def check_columns(conditions: list[Condition], columns: Iterable[str]) -> None:
+    """ConfigError for a condition other than None on a column that no row has: its name has a mistake in it."""
+    known = dict.fromkeys(columns)
+    for condition in conditions:
+        if condition.operator != "missing" and find(condition.name, known) is None:
+            names = ", ".join(sorted({name.removeprefix(META) for name in known}))
+            raise ConfigError(f"no column {condition.name!r} to filter by; there are {names}")
+
+
 def find(name: str, columns: Mapping[str, Any]) -> str | None:
     """The column a filter means: by its own name, or one that came with the pictures."""
     return next((known for known in (name, META + name) if known in columns), None)
 
 
 def mask(conditions: list[Condition], columns: Mapping[str, Column], rows: int) -> np.ndarray:
-    """N bool: the rows that meet all conditions."""
+    """N bool: the rows that meet all conditions. Columns may be missing here that others of the store have."""
     allowed = np.ones(rows, bool)
     for condition in conditions:
         name = find(condition.name, columns)
@@ -111,7 +121,7 @@ def _meets(condition: Condition, one: Column) -> np.ndarray:
 
 
 def sql(conditions: list[Condition], names: Mapping[str, str]) -> str:
-    """The same conditions as SQL.
+    """The same conditions as SQL, of columns that `check_columns` has seen.
 
     names  our columns -> theirs
     """
@@ -121,7 +131,7 @@ def sql(conditions: list[Condition], names: Mapping[str, str]) -> str:
 def _clause(condition: Condition, names: Mapping[str, str]) -> str:
     name = find(condition.name, names)
     if name is None:
-        return "true" if condition.operator == "missing" else "false"
+        return "true"  # not known of any row, as the condition says
     quoted = f"`{names[name]}`"
     if condition.operator == "missing":
         return f"{quoted} IS NULL"

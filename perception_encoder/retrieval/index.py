@@ -103,6 +103,7 @@ class Index:
 
         source         a folder, paths, tars, Parquet, videos or texts (`retrieval.sources.as_source`), or a folder of
                        parts that `pe.embed(..., out=)` wrote
+        model          a CLIP model or an encoder, or the name, hub id or folder of one
         store          "faiss" (a folder on this machine) or "lance" (LanceDB)
         max_memory     bytes, or "8GB": what a search may keep in memory
         max_latency    seconds of one query
@@ -130,6 +131,7 @@ class Index:
         kinds[store].check_budget(
             kind=kind, max_memory=max_memory, max_latency=max_latency, target_recall=target_recall, queries=queries
         )
+        model = as_model(model)
         budget = {
             "kind": kind,
             "max_memory": max_memory,
@@ -144,6 +146,7 @@ class Index:
     def open(cls, folder: str | Path, *, model: Any = None, verify: bool = False) -> Self:
         """Raises IndexError_ for a folder that holds no whole index of ours, ConfigError for another model's.
 
+        model   as `build` takes it, in place of the one the index names
         verify  every part is hashed and compared with its sidecar
         """
         folder = Path(folder)
@@ -155,7 +158,7 @@ class Index:
             raise IndexError_(f"{folder} does not fit together: vectors of {store.width}, not {facts.width}")
         index = cls(store, facts, folder)
         if model is not None:
-            index._use(model)
+            index._use(as_model(model))
         return index
 
     def add(self, source: Any, *, on_duplicate: Literal["error", "replace", "skip"] = "error", **settings: Any) -> int:
@@ -169,9 +172,9 @@ class Index:
 
         return add_source(self, source, on_duplicate, settings)
 
-    def delete(self, ids: Sequence[str]) -> int:
+    def delete(self, ids: str | Sequence[str]) -> int:
         """Forget pictures by id; how many there were."""
-        return int(self.store.delete(list(ids)))
+        return int(self.store.delete([ids] if isinstance(ids, str) else list(ids)))
 
     def merge(self) -> None:
         """Fold what was added and deleted since the build into the index."""
@@ -326,6 +329,17 @@ def load_named(name: str) -> Any:
     from perception_encoder.zoo import load_clip, load_encoder
 
     return load_clip(name) if kind_of(name) == "clip" else load_encoder(name)
+
+
+def as_model(given: Any) -> Any:
+    """A model, loaded where it is given by its name; None stays None. Raises ConfigError for what is neither."""
+    if isinstance(given, str | Path):
+        return load_named(str(given))
+    if given is not None and not hasattr(given, "preprocess"):
+        raise ConfigError(
+            f"{type(given).__name__} is no model; give one that load_clip or load_encoder made, or its name"
+        )
+    return given
 
 
 def read_facts(folder: Path) -> IndexFacts:

@@ -47,6 +47,7 @@ from perception_encoder.retrieval.parts import (
     read_chunks,
     read_part,
     read_plan,
+    refuse_a_model,
 )
 from perception_encoder.retrieval.pipeline import embed_parts, plan_of
 from perception_encoder.retrieval.sources import Pictures, as_source, folders
@@ -64,6 +65,8 @@ def make_index(
     finished = (out / INDEX).is_file()
     if finished and (theirs := read_facts(out).store) != store:
         raise ConfigError(f"{out} holds an index in {theirs}; store={store!r} needs another folder")
+    if not finished:
+        refuse_a_model(out)
     if is_parts(source):
         if finished:
             return _same_parts(out, Path(source), model, folder, budget)

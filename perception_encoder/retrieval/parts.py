@@ -27,6 +27,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from perception.checkpoint import CONFIG
 from perception.errors import CheckpointError, ConfigError, PerceptionError, missing_extra
 from perception.files import TEMPORARY, atomic_write, sha256_of, sync_folder
 from perception.settings import read_settings
@@ -151,19 +152,27 @@ def part_name(number: int) -> str:
 # --- a plan ----------------------------------------------------------------------------------------------------------
 
 
+def refuse_a_model(folder: Path) -> None:
+    """ConfigError for a folder with a config.json, which is a model's, or at any rate none of ours."""
+    if (folder / CONFIG).exists():
+        raise ConfigError(f"{folder} holds something else ({CONFIG}); use a folder of its own")
+
+
 def write_plan(folder: Path, plan: Plan, chunks: Callable[[], Iterable[dict[str, Any]]]) -> Plan:
     """Store the plan unless there is one: of processes that start together, one writes and all follow it.
 
     plan    its parts, rows and chunks are filled in here
     chunks  lists the inputs; not called when there is a plan already
 
-    Raises ConfigError when the plan that is there has other settings, or there is nothing to embed.
+    Raises ConfigError when the plan that is there has other settings, or there is nothing to embed, or the folder is a
+    model's.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError) as error:
         raise ConfigError(f"{folder} is a file; parts need a folder of their own") from error
     if not (folder / PLAN).exists():
+        refuse_a_model(folder)
         listed = list(chunks())
         if not listed:
             raise ConfigError("there is nothing to embed: the source is empty")

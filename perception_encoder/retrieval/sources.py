@@ -16,8 +16,6 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, NamedTuple, Protocol
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from perception.errors import ConfigError, MediaError, missing_extra
 from perception.media import PICTURE_SUFFIXES, describe, iter_images, open_regular, read_video
@@ -579,11 +577,6 @@ class Videos:
             chosen = np.linspace(min(first, last), last, min(self.frames, last - first + 1) or 1).round().astype(int)
             video = read_video(file, indices=[int(index) for index in chosen])
             yield Item(f"{file}#{number}", file, video.frames, str(number), start=round(start, 6), end=round(end, 6))
-
-
-def stack_frames(frames: Tensor, preprocess: Any) -> Tensor:
-    """N 3 H W uint8 -> N 3 S S, as the model wants to see them."""
-    return torch.stack([preprocess(frame) for frame in frames])
 
 
 # --- opening one item again ------------------------------------------------------------------------------------------

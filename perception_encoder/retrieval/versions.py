@@ -226,6 +226,8 @@ class Snapshot:
         conditions = filters.parse(filter)
         if not conditions:
             return self.alive
+        if self.parts:
+            filters.check_columns(conditions, {name for part in self.parts for name in _named(part.columns)})
         masks = [filters.mask(conditions, _named(part.columns), len(part.vectors)) for part in self.parts]
         met = np.concatenate(masks) if masks else np.zeros(0, bool)
         return met if self.alive is None else met & self.alive

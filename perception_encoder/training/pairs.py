@@ -9,7 +9,8 @@ import io
 import json
 import random
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from array import array
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -101,14 +102,21 @@ class RowPairs:
         if path.stat().st_size > MAX_ROWS_FILE:
             raise ConfigError(f"{path} has {path.stat().st_size} bytes, too many for a file of rows")
         text = path.read_text(encoding="utf-8-sig", errors="replace")
+        self.rows: list[Any] = []
+        self.lines = array("Q")  # where each row begins, from 1
         if path.suffix == ".jsonl":
-            self.rows: list[Any] = [line for line in text.splitlines() if line.strip()]
+            for number, line in enumerate(text.split("\n"), 1):  # JSON's texts may hold what `splitlines` cuts at
+                if line.strip():
+                    self.rows.append(line)
+                    self.lines.append(number)
             return
         table = csv.DictReader(io.StringIO(text), delimiter="\t" if path.suffix == ".tsv" else ",")
         names = list(table.fieldnames or ())
         if not {config.image, config.text} <= set(names):
             raise ConfigError(f"{path} has the columns {names}; the run asks for {config.image!r} and {config.text!r}")
-        self.rows = list(table)
+        for row in table:  # which ends in line `line_num`; a text in quotes may have several
+            self.rows.append(row)
+            self.lines.append(table.line_num - _breaks(row.values()))
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -133,10 +141,15 @@ class RowPairs:
         return Pair(file, _texts(text, self.where(index)))
 
     def where(self, index: int) -> str:
-        return f"{self.path}, row {index + 1}"
+        return f"{self.path}:{self.lines[index]}"
 
     def fingerprint(self) -> str:
         return _digest(json.dumps(row) for row in self.rows)
+
+
+def _breaks(values: Iterable[Any]) -> int:
+    """Line breaks in the values of a row; what is too much in it comes as a list, what is missing as None."""
+    return sum(_breaks(value) if isinstance(value, list) else (value or "").count("\n") for value in values)
 
 
 class TarPairs:

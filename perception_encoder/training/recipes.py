@@ -7,10 +7,10 @@ from copy import deepcopy
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from perception.errors import ConfigError
+from perception_encoder.training.losses import unit
 from perception_encoder.vision import VisionTransformer
 
 
@@ -96,8 +96,8 @@ class SelfDistillation(nn.Module):
     def forward(self, pixels: Tensor) -> Tensor:
         (teacher,) = self.teacher
         with torch.no_grad():
-            wanted = F.normalize(teacher.to(pixels.device).intermediates(pixels, [self.layer])[0].tokens(), dim=-1)
-        given = F.normalize(self.student(pixels).tokens(), dim=-1)
+            wanted = unit(teacher.to(pixels.device).intermediates(pixels, [self.layer])[0].tokens())
+        given = unit(self.student(pixels).tokens())
         loss = 1 - (given * wanted).sum(-1).mean()
         if self.similarity:
             loss = loss + self.similarity * (given @ given.mT - wanted @ wanted.mT).square().mean()

@@ -20,7 +20,8 @@ def choose_patches(pixels: Tensor, patch_size: int, keep: int, generator: torch.
     """B keep: indices of patches, drawn at random from those that show something, and from the ground after them."""
     mean, square = F.avg_pool2d(pixels, patch_size), F.avg_pool2d(pixels.square(), patch_size)
     spread = (square - mean.square()).mean(1).flatten(1)  # B N
-    score = (spread > EMPTY**2).float() + torch.rand(spread.shape, generator=generator)
+    chance = torch.rand(spread.shape, generator=generator, device=generator.device)  # the same for every device
+    score = (spread > EMPTY**2).float() + chance.to(spread.device)
     return score.topk(keep, dim=1).indices.sort(dim=1).values
 
 
@@ -34,9 +35,10 @@ def sparse_tokens(vision: VisionTransformer, pixels: Tensor, patches: Tensor) ->
     if vision.class_token is not None:
         x = torch.cat([vision.class_token.expand(len(x), 1, -1), x], dim=1)
     prefix = x.shape[1] - h * w
-    rows = torch.cat([torch.arange(prefix).expand(len(x), -1), patches + prefix], dim=1)  # B P+n
+    first = torch.arange(prefix, device=x.device)
+    rows = torch.cat([first.expand(len(x), -1), patches + prefix], dim=1)  # B P+n
     x = vision.norm_pre((x + vision.positions(h, w)).gather(1, rows[..., None].expand(-1, -1, x.shape[-1])))
-    cos, sin = rope_2d(h, w, vision.config.head_dim, prefix=prefix)
+    cos, sin = rope_2d(h, w, vision.config.head_dim, prefix=prefix, device=x.device)
     turn = torch.complex(cos, sin)[rows][:, :, None, None]  # B P+n 1 1 head_dim/2
     for block in vision.blocks:
         assert isinstance(block, Block)

@@ -23,6 +23,18 @@ from perception_encoder.vision import VisionTransformer
 MAX_SCALE = 100.0  # of the logits (Radford et al. 2021, section 2.5)
 
 
+class Scale(nn.Module):
+    """The factor on the cosines: e to the power of one number that learns. Never in less than float32."""
+
+    def __init__(self, value: Tensor):
+        super().__init__()
+        # One number as a vector: a parameter without axes cannot be spread over processes.
+        self.value = nn.Parameter(value[None])
+
+    def forward(self) -> Tensor:
+        return self.value[0].exp().clamp(max=MAX_SCALE)
+
+
 class ContrastiveTask(nn.Module):
     """CLIP's loss over all processes' samples, and a teacher's picture embeddings where there is one.
 
@@ -35,9 +47,8 @@ class ContrastiveTask(nn.Module):
     def __init__(self, clip: CLIP, loss: LossConfig, *, teacher: Any = None, width: int = 0, together: bool = False):
         super().__init__()
         self.model, self.loss, self.together = clip, loss, together
-        # One number as a vector: a parameter without axes cannot be spread over processes.
         value = clip.logit_scale.detach().clone()
-        self.logit_scale = nn.Parameter(value[None])
+        self.logit_scale = Scale(value)
         del clip.logit_scale
         clip.register_buffer("logit_scale", value, persistent=False)
         self.teacher = [teacher]  # a list: it is not part of what is saved
@@ -45,13 +56,12 @@ class ContrastiveTask(nn.Module):
         self.features = nn.Linear(image_width, width) if teacher is not None and loss.features else None
 
     def forward(self, batch: Batch) -> Loss:
-        device, count = self.logit_scale.device, len(batch.pixels)
+        device, count = self.logit_scale.value.device, len(batch.pixels)
         pixels = batch.pixels.to(device)
         image, total = self.model.vision.pooled(pixels), torch.zeros((), device=device)
         if self.loss.contrastive:
             text = self.model.text(self.model.tokenize(batch.texts).to(device))
-            scale = self.logit_scale[0].exp().clamp(max=MAX_SCALE)
-            total = total + self.loss.contrastive * clip_loss(image, text, scale, gather=self.together)
+            total = total + self.loss.contrastive * clip_loss(image, text, self.logit_scale(), gather=self.together)
         (teacher,) = self.teacher
         if teacher is not None and batch.teacher is not None:
             with torch.no_grad():
@@ -65,9 +75,9 @@ class ContrastiveTask(nn.Module):
 
     def hand_back(self) -> None:
         """The model has a logit_scale of its own again, as learned. All processes call it together, at the end."""
-        value = whole_tensor(self.logit_scale.detach())[0].clone()
+        value = whole_tensor(self.logit_scale.value.detach())[0].clone()
         del self.model.logit_scale
-        self.model.logit_scale = nn.Parameter(value, requires_grad=self.logit_scale.requires_grad)
+        self.model.logit_scale = nn.Parameter(value, requires_grad=self.logit_scale.value.requires_grad)
 
     def _flops(self, batch: Batch) -> float:
         (teacher,) = self.teacher
@@ -93,7 +103,8 @@ class ClassifyTask(nn.Module):
     def forward(self, batch: Batch) -> Loss:
         device = self.head.weight.device
         assert batch.labels is not None
-        logits = self.head(embed(self.model, batch.pixels.to(device)))
+        features = embed(self.model, batch.pixels.to(device)).float()  # logits in float32, whatever the passes are in
+        logits = F.linear(features, self.head.weight.float(), self.head.bias.float())
         loss = F.cross_entropy(logits, batch.labels.to(device), label_smoothing=self.smooth, reduction="sum")
         count = len(batch.pixels)
         return Loss(loss, count, count * vision_flops(self.model, batch.pixels.shape[-1]))
@@ -120,6 +131,11 @@ class SpatialTask(nn.Module):
 def embed(tower: VisionTransformer, pixels: Tensor) -> Tensor:
     """B C: one vector a picture, of any tower."""
     return tower.pooled(pixels) if tower.pool is not None else tower(pixels).patches.mean((1, 2))
+
+
+def exact(module: nn.Module) -> list[nn.Module]:
+    """What stays in float32 where passes are in bf16: as a power of e its steps would be of 1.5 % and more."""
+    return [part for part in module.modules() if isinstance(part, Scale)]
 
 
 def units(module: nn.Module) -> list[nn.Module]:

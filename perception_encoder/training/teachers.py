@@ -17,11 +17,23 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from perception.attention import attend
+from perception.errors import MediaError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 # Stride of the first block, blocks (Tan & Le 2019, table 1; the "lite" variant has no squeeze-and-excitation).
 STAGES = ((1, 1), (2, 2), (2, 2), (2, 3), (1, 3), (2, 4), (1, 1))
 PLACES = 112  # channels of the last stage with a sixteenth of the picture's side
+
+
+def _find(folder: str | Path, pattern: str) -> Path:
+    """The one file of that name anywhere in an unpacked package. Raises MediaError where there is none."""
+    found = list(Path(folder).rglob(pattern))
+    if len(found) != 1:
+        raise MediaError(
+            f"{len(found)} files {pattern} in {folder}, where a teacher is looked for; "
+            "run `python -m perception_encoder.training.drawings`, which downloads it"
+        )
+    return found[0]
 
 
 class EfficientNetLite0:
@@ -32,8 +44,7 @@ class EfficientNetLite0:
     """
 
     def __init__(self, folder: str | Path):
-        (file,) = Path(folder).rglob("efficientnet-lite0-*.pth")
-        self.weights = torch.load(file, map_location="cpu", weights_only=True)
+        self.weights = torch.load(_find(folder, "efficientnet-lite0-*.pth"), map_location="cpu", weights_only=True)
 
     def __call__(self, pixels: Tensor) -> Tensor:
         return self.both(pixels)[0]
@@ -80,7 +91,7 @@ class MiniLM:
     heads = 12
 
     def __init__(self, folder: str | Path):
-        (file,) = Path(folder).rglob("model.safetensors")
+        file = _find(folder, "model.safetensors")
         self.weights = load_file(file)
         self.depth = json.loads(file.with_name("config.json").read_text(encoding="utf-8"))["num_hidden_layers"]
         self.pieces = WordPieces(file.with_name("vocab.txt"))

@@ -13,6 +13,8 @@ from perception.pixels import PixelSpec
 from perception.settings import read_settings
 from perception.training.state import find_checkpoint, load_tensors, read_facts, tensor_shapes
 from perception.training.trainer import Trainer
+from perception_encoder import checkpoints as towers
+from perception_encoder.vision import VisionTransformer
 from perception_lm.assistant import Assistant
 from perception_lm.checkpoints import builder, config_of
 from perception_lm.config import PlmConfig
@@ -125,9 +127,26 @@ def write_models(trainer: Trainer, run: Any) -> list[Path]:
 
         assistant, model = open_model(read_facts(found), found)
         fill(model, found, average=bool(run.average))
-        written.append(save_adapter(assistant.model, folder / "adapter", run))
+        written.append(save_adapter(assistant.model, folder / "adapter", run, assistant.processor.media))
     for format in run.export:
-        target = folder / ("model" if format == "native" else f"model-{format}")
-        load_checkpoint(found).save(target, format)
+        if format == "tower":
+            target = folder / "tower"
+            save_tower(load_checkpoint(found), target)
+        else:
+            target = folder / ("model" if format == "native" else f"model-{format}")
+            load_checkpoint(found).save(target, format)
         written.append(target)
     return written
+
+
+def save_tower(assistant: Assistant, folder: str | Path, *, replace: bool = True) -> None:
+    """The vision tower of a model alone, as a folder that `perception_encoder.load_encoder` reads: a PE-Lang.
+
+    replace  False: a folder that holds another model is refused
+
+    Raises ConfigError for a tower that is not ours, CheckpointError when the disk refuses.
+    """
+    tower = assistant.model.encoder
+    if not isinstance(tower, VisionTransformer):
+        raise ConfigError(f"the tower is a {type(tower).__name__}, which its own library saves; ours are written here")
+    towers.export(tower, folder, "native", replace=replace)

@@ -46,7 +46,10 @@ def train(
 def rehearse(
     run: Run, *, assistant: Assistant | None = None, sources: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-    """One step of a run in a folder of its own that is thrown away: shapes, parameters, memory, time."""
+    """One step of a run in a folder of its own that is thrown away: shapes, parameters, memory, time.
+
+    Raises ConfigError when nothing was learned in it.
+    """
     import tempfile
 
     with processes(run.engine) as world, tempfile.TemporaryDirectory() as folder:
@@ -66,7 +69,7 @@ def rehearse(
                 passes.extend(packs)
                 yield replace(step, packs=iter(packs))
 
-        line = trainer.advance(watched(trainer.data.steps(0)))
+        line = trainer.rehearse(watched(trainer.data.steps(0)))
         return {
             "out": run.out,
             "processes": world.size,

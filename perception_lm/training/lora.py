@@ -12,16 +12,23 @@ from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from perception.checkpoint import open_checkpoint, read_json, write_safetensors
+from perception.checkpoint import MAX_CONFIG, inside, open_checkpoint, read_json, write_safetensors
 from perception.errors import CheckpointError, ConfigError, missing_extra
 from perception.files import atomic_write
+from perception.settings import read_settings
+from perception_lm.config import MediaConfig
+
+if TYPE_CHECKING:
+    from perception_lm.assistant import Assistant
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+OURS = "perception.json"  # what peft's config has no place for
+CHANGES = ("image_size", "depth", "layer_scale", "pool")  # that a run makes to the model it starts from
 PREFIX = "base_model.model."  # peft's own
 NAME = "default"
 
@@ -106,8 +113,11 @@ def adapter_state(model: nn.Module) -> dict[str, Tensor]:
     return found
 
 
-def save_adapter(model: nn.Module, folder: str | Path, run: Any) -> Path:
-    """Write the adapters of a model, and how to put them on again. Returns the folder."""
+def save_adapter(model: nn.Module, folder: str | Path, run: Any, media: MediaConfig | None = None) -> Path:
+    """Write the adapters of a model, and how to put them on again. Returns the folder.
+
+    media  how the model was shown media while it learned
+    """
     from perception_lm.training.freeze import learn_only
 
     folder = Path(folder)
@@ -132,12 +142,34 @@ def save_adapter(model: nn.Module, folder: str | Path, run: Any) -> Path:
         write_safetensors(temporary, {name: tensor.contiguous() for name, tensor in state.items()})
     with atomic_write(folder / CONFIG) as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    ours: dict[str, Any] = {"changes": {name: getattr(run.model, name) for name in CHANGES}}
+    if media is not None:
+        ours["media"] = media.to_dict()
+    with atomic_write(folder / OURS) as temporary:
+        temporary.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
     return folder
 
 
-def is_adapter(path: str | Path) -> bool:
-    path = Path(path)
-    return (path / CONFIG).is_file() and (path / WEIGHTS).is_file()
+def as_trained(base: "Assistant", folder: str | Path) -> "Assistant":
+    """The model that an adapter was trained on, from the one that its run began with: the same cuts, grid and media.
+
+    An adapter that peft wrote says nothing of these, and changes none. Raises ConfigError for a file that is damaged.
+    """
+    from perception_lm.training.build import _changed
+    from perception_lm.training.run import ModelConfig
+
+    folder = Path(folder)
+    if not (folder / OURS).is_file():
+        return base
+    found = read_json(inside(folder, OURS), MAX_CONFIG, ConfigError)
+    changes = found.get("changes", {})
+    if not isinstance(changes, dict):
+        raise ConfigError(f"{folder / OURS}: changes is {changes!r}; expected a table")
+    given = {"init": "base", **changes}
+    changed = _changed(base, read_settings(ModelConfig, given, f"{folder / OURS}, changes"))
+    if "media" in found:
+        changed.processor.media = MediaConfig.from_dict(found["media"])
+    return changed
 
 
 def base_of(folder: Path) -> str:

@@ -12,10 +12,10 @@ from torch import nn
 from perception.errors import ConfigError
 from perception.settings import check_range
 from perception.training.distributed import EngineConfig, World, shard
-from perception.training.files import read_run
+from perception.training.files import find_run, read_run, ready_runs
 from perception.training.order import Order
 from perception.training.state import KeepConfig
-from perception.training.trainer import Trainer, TrainerConfig
+from perception.training.trainer import Trainer, TrainerConfig, check_adamw
 from perception_lm.assistant import Assistant
 from perception_lm.config import DecoderConfig, MediaConfig
 from perception_lm.losses import IGNORE
@@ -98,6 +98,10 @@ class DataConfig:
         check_range("data.max_bad", self.max_bad, 0, 1)
         check_range("data.workers", self.workers, 0, 1024)
         check_range("data.rows", self.rows, 1, 65_536)
+        if self.max_tiles is not None:
+            check_range("data.max_tiles", self.max_tiles, 1, 1024)
+        if self.frames is not None:
+            check_range("data.frames", self.frames, 1, 65_536)
         if self.tokens and self.tokens < self.seq_len:
             raise ConfigError(f"data.tokens={self.tokens} is less than a sample's seq_len={self.seq_len}")
 
@@ -115,15 +119,31 @@ class OptimizerConfig:
     clip: float = 1.0
     rates: dict[str, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        check_adamw(self.lr, self.betas, self.eps, self.weight_decay, self.clip)
+        for part, rate in self.rates.items():
+            check_range(f"optimizer.rates.{part}", rate, 0, 10**6)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig:
-    """The learning rate over time, in parts of its full height."""
+    """The learning rate over time, in parts of its full height.
+
+    kind    how it falls; `schedule.factor` has them all
+    warmup  steps on the way up from 0
+    floor   share of the full rate at the end
+    decay   steps of the fall at the end, of "wsd" (a tenth of all when 0) and "trapezoid"
+    """
 
     kind: Schedule = "cosine"
     warmup: int = 0
     floor: float = 0.01
     decay: int = 0
+
+    def __post_init__(self) -> None:
+        check_range("schedule.warmup", self.warmup, 0, 10**12)
+        check_range("schedule.floor", self.floor, 0, 1)
+        check_range("schedule.decay", self.decay, 0, 10**12)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,15 +163,27 @@ class LoraConfig:
     alpha: float = 32.0
     dropout: float = 0.0
 
+    def __post_init__(self) -> None:
+        if not self.targets:
+            raise ConfigError("lora.targets is empty; name the linear layers that learn")
+        check_range("lora.rank", self.rank, 1, 65_536)
+        check_range("lora.alpha", self.alpha, 1e-6, 10**6)
+        check_range("lora.dropout", self.dropout, 0, 0.99)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
     """All of a training run, as its file says it.
 
-    out      the folder it is kept in, taken from where the command runs; relative paths of models and data are taken
-             from there, too
-    batch    samples of a step, over all processes
-    export   layouts of the model that is written at the end: native, original, hf
+    out          the folder it is kept in, taken from where the command runs; relative paths of models and data are
+                 taken from there, too
+    batch        samples of a step, over all processes
+    average      decay of a running average of the weights, which is what is kept at the end; 0: none
+    patience     steps in a row that teach nothing (no number as loss or gradient, no sample that fits) until it stops
+    log_every    steps between lines of the record
+    stop_after   seconds after which it saves and stops, to be continued; 0: none
+    save_frozen  write what does not learn into checkpoints, too; without it they need the model the run began with
+    export       layouts of the model that is written at the end: native, original, hf; tower is its vision tower alone
     """
 
     out: str
@@ -170,13 +202,15 @@ class Run:
     log_every: int = 1
     stop_after: float = 0.0
     save_frozen: bool = True
-    export: tuple[Literal["native", "original", "hf"], ...] = ("native",)
+    export: tuple[Literal["native", "original", "hf", "tower"], ...] = ("native",)
 
     def __post_init__(self) -> None:
         check_range("steps", self.steps, 1, 10**12)
         check_range("batch", self.batch, 1, 10**9)
         check_range("log_every", self.log_every, 1, 10**9)
         check_range("patience", self.patience, 1, 10**9)
+        check_range("average", self.average, 0, 1)
+        check_range("stop_after", self.stop_after, 0, 10**9)
         if not 0 <= self.schedule.warmup < self.steps:
             raise ConfigError(f"schedule.warmup={self.schedule.warmup}; expected 0 to less than steps={self.steps}")
 
@@ -186,11 +220,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
 
     Raises ConfigError for what is no run file.
     """
-    path = Path(path)
-    packaged = RUNS / f"{path.name.removesuffix('.toml')}.toml"
-    if not path.exists() and path.parent == Path() and packaged.is_file():
-        path = packaged
-    return read_run(Run, path, overrides)
+    return read_run(Run, find_run(path, RUNS), overrides)
 
 
 RUNS = Path(__file__).parent / "runs"
@@ -198,7 +228,7 @@ RUNS = Path(__file__).parent / "runs"
 
 def run_names() -> list[str]:
     """The run files that come with the package."""
-    return sorted(path.stem for path in RUNS.glob("*.toml"))
+    return ready_runs(RUNS)
 
 
 # --- putting it together ---------------------------------------------------------------------------------------------
@@ -295,9 +325,9 @@ def trained_on(assistant: Assistant, run: Run) -> None:
     old = processor.media
     processor.media = MediaConfig(
         tile=old.tile,
-        max_tiles=data.max_tiles or old.max_tiles,
-        frames=data.frames or old.frames,
-        tiling=data.tiling or old.tiling,
+        max_tiles=old.max_tiles if data.max_tiles is None else data.max_tiles,
+        frames=old.frames if data.frames is None else data.frames,
+        tiling=old.tiling if data.tiling is None else data.tiling,
         context=data.seq_len,
     )
 

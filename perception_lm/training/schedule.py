@@ -1,10 +1,7 @@
-"""The optimiser and the learning-rate schedule of the published models."""
+"""The learning-rate schedule of the published models, and others."""
 
 import math
 from typing import Literal
-
-import torch
-from torch import nn
 
 from perception.errors import ConfigError
 
@@ -22,12 +19,6 @@ def cosine_factor(step: int, *, warmup: int, steps: int, floor: float = 0.01) ->
         return step / warmup
     done = min(1.0, (step - warmup) / (steps - warmup))
     return floor + (1 - floor) * (1 + math.cos(math.pi * done)) / 2
-
-
-def adamw(model: nn.Module, lr: float, weight_decay: float = 0.1) -> torch.optim.AdamW:
-    """AdamW as published: betas 0.9 and 0.95, and the decay on every parameter that learns, norms and biases too."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    return torch.optim.AdamW(parameters, lr=lr, betas=(0.9, 0.95), eps=1e-8, weight_decay=weight_decay)
 
 
 Schedule = Literal["cosine", "constant", "linear", "inv_sqrt", "wsd", "trapezoid"]

@@ -9,7 +9,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from perception.errors import ConfigError, PerceptionError
+from perception.errors import ConfigError
 from perception.registry import Registry
 from perception_lm.chat import Conversation
 from perception_lm.training.rows import read_row
@@ -31,10 +31,6 @@ class Source(Protocol):
 
 # A source that a run file can ask for by name: its name -> a function of the run file's keys that makes it.
 SOURCES: Registry[Any] = Registry("source of samples")
-
-
-class BadRow(PerceptionError, ValueError):
-    """A row that cannot be used; the message starts with its file and line."""
 
 
 class Jsonl:
@@ -141,7 +137,8 @@ class Samples:
 class SourceConfig:
     """One source of a datasets table.
 
-    rows     a JSONL file, or a folder of them; a path is taken from where the run file is
+    rows     a JSONL file, or a folder of them; a path in a run file is taken from where the command runs, one in a
+             datasets file from where that file is
     root     the folder of its media; the rows' own by default
     weight   its share of the samples; its number of samples by default
     source   in place of rows: a name of `SOURCES`

@@ -1,8 +1,12 @@
 """Kernels beyond the plain ones: which is chosen, and sequences laid end to end in one call."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
 
 from perception import attention
 from perception.attention import KERNELS, attend, attend_packed, attention_kernel
@@ -132,13 +136,31 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> dict[str, float]:
 
 def test_the_fastest_is_chosen_and_remembered(bench: dict[str, float]) -> None:
     q, k, v = (x[None] for x in tensors(9, 9))
-    assert measured.fastest(q, k, v, True, None) == "cudnn"
-    bench["flash"] = 0.1
-    assert measured.fastest(q[:, :10], k, v, True, None) == "cudnn"
-    assert measured.fastest(q, k, v, False, None) == "flash"  # another kind of call
+    assert measured.fastest(q, k, v, False, None) == "cudnn"
+    bench["efficient"] = 0.1
+    assert measured.fastest(*(x[:, :10] for x in (q, k, v)), False, None) == "cudnn"
+    assert measured.fastest(q, k, v, True, None) == "efficient"  # another kind of call
     assert len(measured.choices()) == 2
     longer = [x[None] for x in tensors(40, 40)]
-    assert measured.fastest(*longer, True, None) == "flash"
+    assert measured.fastest(*longer, False, None) == "efficient"
+
+
+def test_what_plans_for_each_shape_is_for_pictures(bench: dict[str, float]) -> None:
+    """cuDNN is the fastest here, but not for texts, whose lengths are new at every call."""
+    q, k, v = (x[None] for x in tensors(9, 12))
+    assert measured.fastest(q, k, v, True, None) == "flash"
+    assert measured.fastest(q, k, v, False, torch.ones(9, 12, dtype=torch.bool)) == "flash"
+    assert measured.fastest(q, k, v, False, None) == "flash"  # a query that reads a growing memory
+    assert measured.fastest(q, k[:, :9], v[:, :9], False, None) == "cudnn"
+
+
+def test_a_kernel_that_fails_is_not_chosen(bench: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuses(*given: object) -> Tensor:
+        raise RuntimeError("no plan for these tensors")
+
+    q, k, v = (x[None] for x in tensors(9, 9))
+    monkeypatch.setitem(KERNELS, "cudnn", refuses)
+    assert measured.fastest(q, k, v, False, None) == "flash"
 
 
 def test_a_fast_kernel_that_is_wrong_is_not_chosen(bench: dict[str, float]) -> None:
@@ -157,6 +179,62 @@ def test_gradients_are_never_measured(bench: dict[str, float]) -> None:
     with torch.no_grad():
         assert measured.fastest(q, k, v, False, None) == "cudnn"
     assert measured.fastest(q, k, v, False, None) == "cudnn"
+
+
+class SaysCuda(Tensor):
+    """A tensor on the CPU that takes the ways of one on a GPU."""
+
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+
+
+def orders(monkeypatch: pytest.MonkeyPatch) -> list[list[SDPBackend]]:
+    """Among which of its kernels, in which order, PyTorch's function was left to choose at each call."""
+    found: list[list[SDPBackend]] = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*given: object, **options: object) -> Tensor:
+        found.append(_cur_sdpa_kernel_backends(with_priority=True))
+        return plain(*given, **options)
+
+    monkeypatch.setattr(attention.F, "scaled_dot_product_attention", spy)
+    return found
+
+
+def test_the_order_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ours, one kernel where one is asked for, and PyTorch's own again afterwards and in a compiler's hands."""
+    monkeypatch.setattr(measured, "usable", lambda name, *_: name == "flash")
+    before, found = _cur_sdpa_kernel_backends(with_priority=True), orders(monkeypatch)
+    q, k, v = (x[None].as_subclass(SaysCuda) for x in tensors(5, 5))
+    for name in ("sdpa", "flash", "cudnn"):
+        with attention_kernel(name):
+            attend(q, k, v, causal=True)
+    assert found == [list(attention.ORDER), [SDPBackend.FLASH_ATTENTION], list(attention.ORDER)]
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    attend(q, k, v, causal=True)
+    assert found[3] == _cur_sdpa_kernel_backends(with_priority=True) == before
+
+
+def test_threads_take_turns_at_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each finds what it set, and all leave what they found."""
+    before = _cur_sdpa_kernel_backends(with_priority=True)
+
+    def holds(backend: SDPBackend) -> bool:
+        with attention.among(backend):
+            time.sleep(0.005)
+            return _cur_sdpa_kernel_backends() == [backend]
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(holds, attention.ORDER * 4))
+    assert _cur_sdpa_kernel_backends(with_priority=True) == before
+
+
+def test_the_mask_that_the_rules_are_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = []
+    monkeypatch.setattr(torch.backends.cuda, "SDPAParams", lambda *given: shown.append(given[3]))
+    monkeypatch.setattr(torch.backends.cuda, "can_use_efficient_attention", lambda params: True)
+    q, k, v = (x[None].as_subclass(SaysCuda) for x in tensors(5, 9))
+    assert measured.usable("efficient", q, k, v, True, None)
+    assert (shown[0].shape, shown[0].stride(-1)) == ((5, 9), 1)
 
 
 def test_kernels_of_a_gpu_are_not_used_on_a_cpu() -> None:

@@ -644,6 +644,18 @@ def test_a_folder_reads_back(tmp_path: Path, state: dict) -> None:
     assert sorted(path.name for path in (tmp_path / "new" / "one").iterdir()) == ["config.json", "model.safetensors"]
 
 
+def test_views_of_one_storage_are_written_each_for_itself(tmp_path: Path) -> None:
+    """As optimize() leaves a decoder's weights on CUDA, and as slices of columns and turned matrices lie."""
+    whole = torch.randn(12, 4)
+    views = {"q": whole[:6], "k": whole[6:9], "v": whole[9:], "column": whole[:, 1:3], "turned": whole.t()}
+    apart = {name: view.clone(memory_format=torch.contiguous_format) for name, view in views.items()}
+    assert write_safetensors(tmp_path / "a", views) == write_safetensors(tmp_path / "b", apart)
+    found = load_file(tmp_path / "a")
+    assert found.keys() == views.keys()
+    assert all(torch.equal(found[name], view) for name, view in views.items())
+    assert (tmp_path / "a").stat().st_size == (tmp_path / "b").stat().st_size
+
+
 def test_weights_of_another_save_are_refused(tmp_path: Path, state: dict) -> None:
     save_folder(tmp_path / "a", state, {})
     save_folder(tmp_path / "b", small(1).state_dict(), {})

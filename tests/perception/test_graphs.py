@@ -1,5 +1,8 @@
 """Recorded work: the same habits on a CPU as on a GPU."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -61,3 +64,19 @@ def test_graphs_are_kept_by_key_and_shape() -> None:
     assert len(runs) - before < made
     graphs("a", double, tensor(1.0, 2.0))
     assert len(graphs.kept) == 2
+    graphs.clear()
+    assert not graphs.kept
+    assert graphs("a", double, tensor(3.0))[0].tolist() == [6]
+
+
+def test_threads_share_graphs() -> None:
+    """Each gets what belongs to its own inputs, and keeps it."""
+
+    def slow(x: torch.Tensor) -> tuple[torch.Tensor]:
+        time.sleep(0.002)  # long enough for others to come in between
+        return (x * 2,)
+
+    graphs = Graphs(2)
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda i: graphs(i % 3, slow, tensor(float(i)))[0], range(24)))
+    assert [x.item() for x in found] == [2.0 * i for i in range(24)]

@@ -19,6 +19,7 @@ from perception.kernels.matvec import (
     round8,
     round_rows,
     stream,
+    together,
     unround,
 )
 
@@ -112,6 +113,28 @@ def test_the_choice_without_a_compiler(quantize: str | None, monkeypatch: pytest
 
 
 @needs_compiler
+def test_maps_of_one_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One map where torch's operators copy the weights, to the bit what each gives alone; else each its own."""
+    weights = [sample(n, 64, 3)[0] for n in (37, 16, 20)]
+    x = sample(37, 64, 3)[1]
+    monkeypatch.setattr(matvec, "kernels", lambda build: None)
+    for quantize in ("int8", "int4"):
+        (one,) = together(weights, quantize)
+        close(one(x), torch.cat([stream(weight, quantize)(x) for weight in weights], dim=1), 1e-6)
+    for form, count in (("onednn", 1), ("plain", 3)):
+        monkeypatch.setattr(matvec, "choose", lambda *a, form=form, **b: form)
+        maps = together(weights)
+        assert len(maps) == count
+        close(torch.cat([part(x) for part in maps], dim=1), F.linear(x, torch.cat(weights)))
+    assert maps[1].weight.data_ptr() == weights[1].data_ptr()
+    monkeypatch.setattr(matvec, "compiled", lambda kind, build: True)
+    assert [[type(part) for part in together(weights, quantize)] for quantize in (None, "int8", "int4")] == [
+        [Rows] * 3,
+        [Panels8] * 3,
+        [Panels4] * 3,
+    ]
+
+
 def test_the_choice_with_a_compiler() -> None:
     weight = sample(64, 96, 1)[0]
     assert isinstance(stream(weight, "int8"), Panels8 | Torch8)

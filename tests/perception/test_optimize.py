@@ -7,6 +7,8 @@ import perception_encoder as pe
 from perception.errors import ConfigError
 from perception.kernels import linear
 from perception.optimize import FastPart, Plan, has_twin, optimize, optimize_part
+from perception_lm.config import DecoderConfig
+from perception_lm.decoder import Decoder
 
 SMALL = pe.VisionConfig(image_size=16, patch_size=8, width=32, depth=2, heads=2, mlp_width=64, output_width=16)
 
@@ -29,7 +31,7 @@ def test_a_part_without_a_twin_stays_as_it_is() -> None:
 
 
 def test_an_unknown_quantisation_is_refused(tower: pe.VisionTransformer) -> None:
-    with pytest.raises(ConfigError, match="no quantisation 'int3'; there are: int8, int4"):
+    with pytest.raises(ConfigError, match="no quantisation 'int3'; there are: int8, int4, fp8"):
         optimize(tower, "int3")  # type: ignore[arg-type]
 
 
@@ -89,6 +91,34 @@ def test_a_twin_refuses_training_moving_and_saving(tower: pe.VisionTransformer) 
     assert not fast.training
     with torch.no_grad():
         fast(torch.randn(1, 3, 16, 16, requires_grad=True))  # nobody asked for a gradient here
+
+
+def test_fp8_is_for_gpus(tower: pe.VisionTransformer) -> None:
+    """Refused before anything is emptied, in every part, and the message says what may be had here."""
+    text = pe.TextTransformer(pe.TextConfig(context=8, width=32, depth=1, heads=2, output_width=16, vocab=20)).eval()
+    decoder = Decoder(DecoderConfig(width=32, depth=1, heads=2, kv_heads=1, mlp_width=32, vocab=20, tied=True)).eval()
+    for model in (tower, text, pe.CLIP(tower, text), decoder):
+        with pytest.raises(
+            ConfigError, match=r"fp8 is for CUDA devices .* lies on cpu; .* take quantize='int8' or 'int4'"
+        ):
+            optimize(model, "fp8", keep=False)
+        assert all(parameter.numel() for parameter in model.parameters())
+
+
+def test_a_twin_does_not_compile(tower: pe.VisionTransformer) -> None:
+    """nn.Module's own way would reach `forward` alone, and find nothing to fuse. Plain calls compile, one by one."""
+    text = pe.TextTransformer(pe.TextConfig(context=8, width=32, depth=1, heads=2, output_width=16, vocab=20)).eval()
+    fast = optimize(pe.CLIP(tower, text))
+    for twin in (fast, fast.vision, fast.text):
+        with pytest.raises(
+            ConfigError, match=rf"{type(twin).__name__}.compile\(\) .* torch.compile\(clip.plain.encode"
+        ):
+            twin.compile()
+    assert isinstance(fast, pe.CLIP)
+    torch.compiler.reset()
+    compiled, pixels = torch.compile(fast.plain.encode_image, backend="eager"), torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(pixels), fast.encode_image(pixels), rtol=1e-4, atol=1e-5)
 
 
 def test_a_head_can_be_trained_on_a_twins_features(tower: pe.VisionTransformer) -> None:

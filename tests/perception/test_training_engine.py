@@ -9,7 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,8 +23,8 @@ from training_tiny import one_thread  # noqa: F401  every test here runs with it
 from perception.errors import CheckpointError, ConfigError
 from perception.settings import read_settings
 from perception.training.distributed import EngineConfig, processes
-from perception.training.files import differences, read_run
-from perception.training.metrics import Metrics, read_metrics
+from perception.training.files import differences, find_run, read_run
+from perception.training.metrics import Metrics, peak_flops, read_metrics
 from perception.training.state import (
     Checkpoints,
     KeepConfig,
@@ -60,8 +60,13 @@ class Step:
 class Numbers:
     """Two samples a step, one a pass; what they are depends on the position alone."""
 
-    def __init__(self, broken: dict[int, float] | None = None, lost: dict[int, list[Lost]] | None = None):
-        self.broken, self.lost = broken or {}, lost or {}
+    def __init__(
+        self,
+        broken: dict[int, float] | None = None,
+        lost: dict[int, list[Lost]] | None = None,
+        empty: Collection[int] = (),
+    ):
+        self.broken, self.lost, self.without = broken or {}, lost or {}, empty
 
     def steps(self, position: int) -> Iterator[Step]:
         while True:
@@ -69,7 +74,7 @@ class Numbers:
             packs = [torch.randn(8, generator=torch.Generator().manual_seed(k)) for k in (position, position + 1)]
             if step in self.broken:
                 packs[1][0] = self.broken[step]
-            yield Step(iter(packs), Report(lost=self.lost.get(step, [])))
+            yield Step(iter([] if step in self.without else packs), Report(lost=self.lost.get(step, [])))
             position += 2
 
     def empty(self) -> Tensor:
@@ -77,7 +82,7 @@ class Numbers:
 
 
 class Task(nn.Module):
-    """A line through numbers, with noise of its own; a weight of zero for steps that teach nothing."""
+    """A line through numbers, with noise of its own."""
 
     def __init__(self, weight: float = 3.0):
         super().__init__()
@@ -219,7 +224,7 @@ def test_f127_numbers_that_are_none(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert [line.get("skipped") for line in lines] == [None, None, 1, 2, None, None]
     assert "step 3 is skipped" in caplog.text
     many = trainer(tmp_path / "many", steps=20, data=Numbers(dict.fromkeys(range(4, 20), float("nan"))), patience=3)
-    with pytest.raises(Stopped, match="in 3 steps in a row; the state is saved"):
+    with pytest.raises(Stopped, match="in 3 steps in a row: loss nan, gradient nan; the state is saved"):
         many.run()
     assert many.step == 7
     assert Checkpoints(tmp_path / "many" / "checkpoints").steps()[-1] == 7
@@ -227,12 +232,32 @@ def test_f127_numbers_that_are_none(tmp_path: Path, caplog: pytest.LogCaptureFix
     assert again.run()
 
 
-def test_a_step_without_anything_to_learn(tmp_path: Path) -> None:
-    task = Task(weight=0.0)
-    before = task.layer.weight.clone()
-    assert trainer(tmp_path, steps=3, task=task, patience=1).run()
-    assert torch.equal(task.layer.weight, before)
-    assert [line["loss"] for line in read_metrics(tmp_path)] == [0.0, 0.0, 0.0]
+def test_a_step_without_anything_to_learn(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """It is passed over; too many in a row end the run, and so does a run of nothing else, however short."""
+    long = {s: [Lost("a", i, f"rows.jsonl:{i}: 99 tokens; seq_len is 64", True) for i in (1, 2)] for s in range(20)}
+    some = trainer(tmp_path / "some", steps=6, data=Numbers(lost=long, empty={1, 2, 4}), patience=3)
+    assert some.run()
+    assert [line.get("skipped") for line in read_metrics(tmp_path / "some")] == [None, 1, 2, None, 3, None]
+    assert [record.message for record in caplog.records if "left out" in record.message] == [
+        "left out rows.jsonl:1: 99 tokens; seq_len is 64 (others like it are counted as too_long, and not named)"
+    ]
+    many = trainer(tmp_path / "many", steps=20, data=Numbers(lost=long, empty=range(4, 20)), patience=3)
+    why = r"learned in 3 steps in a row: 6 samples too long, such as rows\.jsonl:1: 99 tokens; seq_len is 64; the state"
+    with pytest.raises(Stopped, match=why):
+        many.run()
+    assert many.step == 7
+    assert trainer(tmp_path / "many", steps=8, patience=3).run()
+    few = {"data": Numbers(lost=long, empty=range(20)), "steps": 3}
+    before = Task().layer.weight.clone()
+    for why in (
+        "was learned in 3 of 3 steps: 6 samples too long, such as rows",
+        "was learned in 3 of 3 steps; the state",
+    ):
+        every = trainer(tmp_path / "every", **few)
+        with pytest.raises(Stopped, match=why):
+            every.run()
+        assert torch.equal(every.task.layer.weight, before)
+    assert trainer(tmp_path / "every", steps=4).run()
 
 
 def test_bad_rows_are_limited(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -242,7 +267,7 @@ def test_bad_rows_are_limited(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
     assert read_metrics(tmp_path / "fine")[-1]["bad_rows"] == 3
     assert "left out rows.jsonl:1: broken" in caplog.text
     strict = trainer(tmp_path / "strict", data=Numbers(lost=bad), max_bad=1)
-    with pytest.raises(Stopped, match="2 bad rows; max_bad allows 1"):
+    with pytest.raises(Stopped, match=r"2 bad rows; max_bad allows 1 .*, the last of them rows.jsonl:1: broken\)"):
         strict.run()
     assert strict.step == 2
     again = trainer(tmp_path / "strict", data=Numbers(lost=bad), max_bad=3)  # it remembers which
@@ -253,6 +278,16 @@ def test_bad_rows_are_limited(tmp_path: Path, caplog: pytest.LogCaptureFixture) 
 def test_stopped_by_the_clock(tmp_path: Path) -> None:
     assert not trainer(tmp_path, stop_after=1e-9).run()
     assert Checkpoints(tmp_path / "checkpoints").steps() == [1]
+
+
+def test_settings_that_changed_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Another seed or mixture gives the saved place in the data another meaning."""
+    trainer(tmp_path, steps=2, facts={"run": {"seed": 1, "data": {"mix": {"a": 1.0}, "ends": (1, 2)}}}).run()
+    with caplog.at_level(logging.WARNING):
+        trainer(tmp_path, steps=3, facts={"run": {"seed": 1, "data": {"mix": {"a": 1.0}, "ends": (1, 2)}}}).run()
+        assert "settings that" not in caplog.text
+        trainer(tmp_path, steps=4, facts={"run": {"seed": 2, "data": {"mix": {"a": 3.0}, "ends": (1, 2)}}}).run()
+    assert "settings that are not those of step 3: data.mix.a, seed" in caplog.text
 
 
 def test_f130_data_that_changed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -333,6 +368,29 @@ def test_f122_a_folder_that_everybody_can_change(tmp_path: Path, caplog: pytest.
     assert "can be written by everybody" in caplog.text
 
 
+def test_f122_a_folder_of_somebody_else(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = os.geteuid()
+    trainer(tmp_path, steps=2).run()
+    path = tmp_path / "checkpoints" / "step-00000002"
+    inner = Path.stat
+
+    def owned_by(uid: int) -> None:
+        def stat(self: Path, **how: Any) -> os.stat_result:
+            found = inner(self, **how)
+            return os.stat_result((*found[:4], uid, *found[5:])) if self == path else found
+
+        monkeypatch.setattr(Path, "stat", stat)
+
+    for owner, reader, warned in ((own, own, False), (0, own + 1, False), (own + 7, own, True), (own + 7, 0, True)):
+        caplog.clear()
+        owned_by(owner)
+        monkeypatch.setattr(os, "geteuid", lambda reader=reader: reader)
+        tensor_shapes(path)
+        assert (f"is another user's (number {own + 7})" in caplog.text) == warned
+
+
 def test_facts_that_are_none(tmp_path: Path) -> None:
     trainer(tmp_path, steps=2).run()
     path = tmp_path / "checkpoints" / "step-00000002"
@@ -386,6 +444,43 @@ def test_run_files_are_strict(tmp_path: Path) -> None:
         read_run(Outer, tmp_path / "missing.toml")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    inner: Inner | None = None
+    either: str | Inner | None = None
+    several: Inner | Outer | None = None
+
+
+def test_a_table_that_may_be_left_out_is_as_strict(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("")
+    assert read_run(Choice, path, ["inner.lr=2", "either=x"]) == Choice(inner=Inner(lr=2.0), either="x")
+    for override, message in {
+        "inner.lt=1": r"inner has unknown keys \['lt'\]; Inner has",
+        "either.lr=fast": r"either\.lr is 'fast'; expected float",
+        "inner=3": r"inner is 3; expected Inner \| None",
+        "several.lt=1": r"several is {'lt': 1}; expected Inner \| Outer \| None",
+    }.items():
+        with pytest.raises(ConfigError, match=message):
+            read_run(Choice, path, [override])
+
+
+def test_a_run_file_that_is_not_there_names_those_that_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ready = tmp_path / "ready"
+    ready.mkdir()
+    for name in ("one", "two"):
+        (ready / f"{name}.toml").write_text("steps = 3\n")
+    monkeypatch.chdir(tmp_path)
+    assert find_run("two", ready) == find_run("two.toml", ready) == ready / "two.toml"
+    (tmp_path / "two.toml").write_text("steps = 4\n")
+    assert find_run("two.toml", ready) == Path("two.toml"), "a file that is here comes first"
+    (tmp_path / "one").mkdir()
+    assert find_run("one", ready) == ready / "one.toml", "a folder is no run file"
+    for name in ("three", "runs/two", "runs/two.toml"):
+        with pytest.raises(ConfigError, match=f"no run file at {name}; those of the package are one, two"):
+            find_run(name, ready)
+
+
 def test_differences() -> None:
     assert differences({"a": 1, "b": {"c": 2, "d": 3}}, {"a": 1, "b": {"c": 4}, "e": 5}) == ["b.c", "b.d", "e"]
 
@@ -404,6 +499,39 @@ def test_tensorboard_has_what_the_record_has(tmp_path: Path) -> None:
     assert trainer(tmp_path, steps=2, tensorboard=True).run()
     (events,) = (tmp_path / "tensorboard").iterdir()
     assert b"grad_norm" in events.read_bytes()
+
+
+def test_tensorboard_goes_back_with_the_record(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    for first, losses in ((0, (1.0, 2.0, 3.0)), (1, (5.0, 6.0))):
+        record = Metrics(tmp_path, steps=9, step=first)
+        for step, loss in enumerate(losses, first + 1):
+            record.write({"step": step, "loss": loss})
+        record.close()
+    shown = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss")
+    wanted = [(line["step"], line["loss"]) for line in read_metrics(tmp_path)]
+    assert [(event.step, event.value) for event in shown] == wanted == [(1, 1.0), (2, 5.0), (3, 6.0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA A100-SXM4-80GB", 312e12),
+        ("NVIDIA RTX A1000", None),
+        ("NVIDIA GH200 480GB", 989e12),
+        ("Tesla T4", 65e12),
+        ("NVIDIA T400 4GB", None),
+        ("NVIDIA GeForce RTX 4090", 165e12),
+    ],
+)
+def test_a_peak_is_of_the_whole_name(name: str, peak: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: name)
+    assert peak_flops(torch.device("cuda")) == peak
 
 
 def test_devices_that_are_not_here() -> None:

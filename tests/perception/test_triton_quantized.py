@@ -6,9 +6,9 @@ from triton_here import DEVICE, DTYPES, randn, same
 
 from perception.errors import ConfigError
 from perception.kernels.matvec import round4, unround
-from perception.kernels.triton import int4, quantized
+from perception.kernels.triton import int4, language, quantized
 from perception.kernels.triton.int4 import Product4
-from perception.kernels.triton.quantized import Product
+from perception.kernels.triton.quantized import Code, Product
 
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: str(d).removeprefix("torch."))
 
@@ -75,6 +75,36 @@ def test_the_gate() -> None:
     assert torch.equal(product(x), wanted)
     product.release()
     assert torch.equal(product(x), wanted)
+
+
+@pytest.mark.parametrize("code", ["int8", "fp8"])
+def test_the_gate_of_a_model(code: Code, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Maps that pass one by one and not together: those that lose most go back first, an eighth at a time."""
+    monkeypatch.setattr(language, "INTERPRETED", False)  # the kernels' plain twins
+    g = torch.Generator().manual_seed(0)
+    maps = [torch.linalg.qr(torch.randn(64, 64, generator=g))[0].to(DEVICE) for _ in range(48)]
+    products = [Product(weight) for weight in maps]
+    x = randn(20, 64, seed=1)
+
+    def run() -> torch.Tensor:
+        y = x
+        for product in products:
+            y = product(y)
+        return y
+
+    wanted, each = run(), quantized.settle(products, run, code)
+    assert min(each) > quantized.GATE
+    left = [cosine for cosine, product in zip(each, products, strict=True) if product.code]
+    assert 0 < len(left) < len(products)
+    assert max(set(each) - set(left)) <= min(left)
+    assert quantized.similarity(run(), wanted) >= quantized.WHOLE[code]
+    assert not any(product.watching or product.sample is not None for product in products)
+    for product in products:
+        product.restore()
+    assert torch.equal(run(), wanted)
+    del products[2:]
+    quantized.settle(products, run, code)
+    assert [product.code for product in products] == [code, code]  # two together do no harm
 
 
 def test_sizes_the_units_do_not_take() -> None:

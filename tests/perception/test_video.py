@@ -17,7 +17,6 @@ from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -38,6 +37,8 @@ from perception.media import (
     sniff,
     uniform_frames,
 )
+
+av = pytest.importorskip("av", reason="the extra `video` is not installed")
 
 TORCHCODEC = decoders.installed("torchcodec")
 BACKENDS = [

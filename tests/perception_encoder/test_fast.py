@@ -133,7 +133,7 @@ def test_half_precision(golden: Path, nano: pe.CLIP) -> None:
             got, wanted = optimize(tower)(x), tower(x)
             assert got.patches.dtype == torch.bfloat16
             exact = load_tower(golden, name)(x).tokens()
-            assert F.cosine_similarity(got.tokens().float(), exact, dim=-1).min() > 0.9998
+            assert F.cosine_similarity(got.tokens().float(), exact, dim=-1).min() > 0.9999
             assert relative(got.tokens(), exact) <= 1.1 * relative(wanted.tokens(), exact)  # no worse than plain
     half = pe.load_clip("PE-Core-nano", device="cpu", dtype="bfloat16")
     fast, side = optimize(half), half.preprocess.size

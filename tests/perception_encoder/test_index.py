@@ -97,6 +97,7 @@ def test_add_replace_skip_delete(clip: pe.CLIP, built: tuple[pe.Index, Path]) ->
     assert index.add(more, on_duplicate="replace") == 3
     assert len(index) == 21
     assert not list((folder / "idx").glob("adding-*"))
+    assert index.delete("nobody") == 0
     assert index.delete([more[0], "nobody"]) == 1
     index.merge()
     reopened = pe.Index.open(folder / "idx", model=clip)
@@ -105,6 +106,40 @@ def test_add_replace_skip_delete(clip: pe.CLIP, built: tuple[pe.Index, Path]) ->
     assert reopened.thumbnail(reopened.search(more[1], 1)[0]).size == (30, 20)
     with pytest.raises(ConfigError, match="on_duplicate"):
         index.add(more, on_duplicate="ignore")  # type: ignore[arg-type]
+    assert index.delete(more[1]) == 1, "one id, not its letters"
+
+
+def test_a_model_by_its_name(built: tuple[pe.Index, Path], clip: pe.CLIP) -> None:
+    _, folder = built
+    pe.save(clip, folder / "model")
+    index = pe.Index.build(folder / "photos", folder / "model", folder / "named")
+    assert index.facts.model == str(folder / "model")
+    opened = pe.Index.open(folder / "idx", model=str(folder / "model"))
+    assert [hit.id for hit in opened.search("a cat", 3)] == [hit.id for hit in index.search("a cat", 3)]
+    with pytest.raises(ConfigError, match="another model or preprocessing"):
+        pe.Index.open(folder / "idx", model="PE-Core-nano")
+    for wrong in (3, torch.nn.Linear(2, 2)):
+        with pytest.raises(ConfigError, match="is no model; give one that load_clip or load_encoder made, or its name"):
+            pe.Index.open(folder / "idx", model=wrong)
+        with pytest.raises(ConfigError, match="is no model; give one"):
+            pe.Index.build(folder / "photos", wrong, folder / "none")
+    assert not (folder / "none").exists()
+
+
+def test_a_folder_that_holds_a_model(built: tuple[pe.Index, Path], clip: pe.CLIP) -> None:
+    """Neither parts nor an index are mixed with its files."""
+    _, folder = built
+    pe.save(clip, folder / "model")
+    before = contents(folder / "model")
+    for make in (
+        lambda: pe.embed(clip, folder / "photos", out=folder / "model"),
+        lambda: pe.Index.build(folder / "photos", clip, folder / "model"),
+    ):
+        with pytest.raises(ConfigError, match=r"model holds something else \(config\.json\); use a folder of its own"):
+            make()
+        assert contents(folder / "model") == before
+    (folder / "idx" / "config.json").write_text("{}")  # one that is there already goes on
+    assert len(pe.Index.build(folder / "photos", clip, folder / "idx")) == 9
 
 
 def test_from_archives_with_metadata(clip: pe.CLIP, tmp_path: Path) -> None:

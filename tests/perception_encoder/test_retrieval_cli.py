@@ -164,7 +164,10 @@ def test_a_model_by_another_name(run: Run, tmp_path: Path, model: Path) -> None:
     [
         ("embed", "nothing to embed"),
         ("embed nowhere -o p", "there is no file or folder 'nowhere'"),
-        ("embed photos -o texts.txt", "texts.txt is a file"),
+        ("embed photos -o e.npy", "--out e.npy: vectors go into one .safetensors file, or into a folder of parts"),
+        ("embed photos -o E.PT", "--out E.PT: vectors go into one .safetensors file, or into a folder of parts"),
+        ("embed photos -o p --vectors float8", "--vectors float8; choose from float32, float16"),
+        ("embed photos -o p --format csv", "--format csv; choose from safetensors, parquet"),
         ("embed photos -o e.safetensors --part-rows 5 --engine ray", "--engine, --part-rows: for parts"),
         ("embed texts.txt -o e.safetensors", "for lines of text give a folder"),
         ("embed photos -o p --video clips", "--video: not for images"),
@@ -180,6 +183,15 @@ def test_a_model_by_another_name(run: Run, tmp_path: Path, model: Path) -> None:
         ("index photos -o i --target-recall 2", "target_recall=2.0"),
         ("index photos -o i --store tree", "choose from faiss, lance"),
         ("index parts -o i --batch-size 3", "--batch-size: for embedding"),
+        ("index photos -o i --vectors float8", "--vectors float8; choose from float32, float16"),
+        ("index photos -o idx.faiss", "--out idx.faiss: an index is a folder; give a name without .faiss"),
+        ("index delete idx nope nobody", "none of these is in idx: 'nope', 'nobody'; ids are as `perception search`"),
+        ("search idx a --filter lable=x", "no column 'lable' to filter by; there are "),
+        ("search idx a --html photos", "--html photos is a folder"),
+        ("search idx a --html page.png", "--html page.png: a page is written; give a name that ends in .html"),
+        ("index export idx out.npy", "out.npy: an export is a folder; give a name without .npy"),
+        ("index import photos -o p.npy", "--out p.npy: parts are a folder; give a name without .npy"),
+        ("index import photos -o p --which words", "--which words; choose from image, text"),
         ("index nowhere -o i", "there is no file or folder 'nowhere'"),
         ("index add idx", "nothing to embed"),
         ("index add idx texts.txt", "idx is an index of images"),
@@ -211,6 +223,12 @@ def test_every_mistake_is_one_line(run: Run, line: str, message: str) -> None:
     (error,) = [one for one in done.err.splitlines() if one.startswith("error: ")]
     assert message in error
     assert done.out == ""
+
+
+def test_folders_may_have_dots_in_their_names(run: Run) -> None:
+    assert run("embed photos -o parts.v1.5 --model MODEL").code == 0
+    Path("old.npy").mkdir()
+    assert run("embed photos -o old.npy --model MODEL").code == 0, "a folder that is there is one"
 
 
 def test_budgets_are_checked_before_any_work(run: Run) -> None:

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import signal
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from itertools import chain, islice, pairwise, zip_longest
 from pathlib import Path
@@ -30,6 +31,7 @@ from perception_encoder.training import (
     clip_loss,
     concept_loss,
     cosine_distillation,
+    drawings,
     make_optimizers,
     plain,
     similarity_distillation,
@@ -45,6 +47,7 @@ from perception_encoder.training.nano import (
     Drawn,
     ImageStudent,
     Lessons,
+    Look,
     NanoConfig,
     Part,
     Parts,
@@ -54,6 +57,7 @@ from perception_encoder.training.nano import (
     whiten,
 )
 from perception_encoder.training.optim import orthogonal
+from perception_encoder.training.teachers import EfficientNetLite0, MiniLM
 from perception_encoder.zero_shot import DRAWING_TEMPLATES, ZeroShotClassifier
 from perception_encoder.zoo import load_clip
 
@@ -93,6 +97,26 @@ def test_distillation_is_zero_for_the_teacher_itself() -> None:
     turned = x @ torch.linalg.qr(torch.randn(8, 8, generator=torch.Generator().manual_seed(1)))[0]
     assert similarity_distillation(turned, x).item() == pytest.approx(0, abs=1e-5), "only who is near whom counts"
     assert similarity_distillation(x.flip(0), x).item() > 0.1
+
+
+def test_losses_of_bf16_embeddings_are_of_float32_precision() -> None:
+    """Between 64 and 128 bf16 has steps of 0.5: logits at the largest scale would be rounded to them."""
+    g = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(6, 32, generator=g).bfloat16() for _ in range(2))
+    scale, target = torch.tensor(97.3), torch.arange(6)
+
+    def losses(x: Tensor, y: Tensor) -> dict[str, Tensor]:
+        return {
+            "clip": clip_loss(x, y, scale),
+            "concept": concept_loss(x, y, target, scale),
+            "cosine": cosine_distillation(x, y),
+            "similarity": similarity_distillation(x, y),
+        }
+
+    wanted = losses(x.float(), y.float())
+    for name, found in losses(x, y).items():
+        assert found.dtype == torch.float32, name
+        assert torch.equal(found, wanted[name]), name
 
 
 def _gathered_worker(rank: int, folder: str) -> None:
@@ -195,6 +219,24 @@ def test_augment_draws_only_from_its_generator_and_keeps_the_drawing() -> None:
     assert (lines.amax(1) < -0.5).flatten(1).any(1).all(), "outlines are dark"
 
 
+def test_a_look_is_on_the_device_of_its_drawings() -> None:
+    """Where tensors are made elsewhere unless somebody says where, which is what a GPU's lessons meet."""
+    rgba = torch.randint(0, 255, (8, 24, 24, 4), generator=torch.Generator().manual_seed(1)).to(torch.uint8)
+    config = Micro()
+    lessons, clip = micro_lessons(config), config.build()
+    student, names = ImageStudent(clip, config), torch.randn(6, 16, generator=torch.Generator().manual_seed(2))
+    look = Look(Augment(line_art=0.5, fade=0.5), 16, 3, 4.0, 2.0)
+
+    def seen() -> list[Tensor]:
+        found = student.losses(lessons, lessons.concept[:4], names, look, torch.Generator().manual_seed(0))
+        return [*Augment(fade=0.5).look(rgba, 16, torch.Generator().manual_seed(0)), *found.values()]
+
+    wanted = seen()
+    with torch.device("meta"):
+        found = seen()
+    assert all(torch.equal(x, y) for x, y in zip(found, wanted, strict=True))
+
+
 def test_plain_is_on_white() -> None:
     rgba = torch.tensor([[[[10, 20, 30, 0], [10, 20, 30, 255]]]], dtype=torch.uint8)
     assert plain(rgba)[0, :, 0].T.tolist() == [[255, 255, 255], [10, 20, 30]]
@@ -263,8 +305,37 @@ def test_icons_are_found_by_code_name_or_spelling(tmp_path: Path) -> None:
 
 
 def test_no_drawings_says_what_to_run(tmp_path: Path) -> None:
-    with pytest.raises(MediaError, match=r"python -m perception_encoder\.training\.drawings"):
-        read_drawings(tmp_path)
+    for _ in range(2):
+        with pytest.raises(MediaError, match=r"python -m perception_encoder\.training\.drawings"):
+            read_drawings(tmp_path)
+        (tmp_path / "drawings.npz").touch()  # without concepts.json
+
+
+def test_a_client_that_is_not_here(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert drawings.main(["--out", str(tmp_path / "data")]) == 1
+    assert (
+        capsys.readouterr().err == "error: npm is not installed; it comes with Node.js (Debian: apt-get install npm)\n"
+    )
+    assert not list((tmp_path / "data").glob("*.npz"))
+
+
+def test_what_training_needs_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--device", "cpu"]
+    assert recipe.main(given) == 1
+    assert capsys.readouterr().err.startswith(f"error: no drawings in {tmp_path}; run `python -m ")
+    for name in ("drawings.npz", "more.npz", "concepts.json"):
+        (tmp_path / name).touch()
+    assert recipe.main(given) == 1
+    assert capsys.readouterr().err.startswith(f"error: no words.txt in {tmp_path}: its nouns are of Debian's package ")
+    with pytest.raises(MediaError, match="wordnet-base"):
+        recipe._words(tmp_path, 0)
+    for teacher in (EfficientNetLite0, MiniLM):
+        with pytest.raises(MediaError, match=r"0 files .* where a teacher is looked for"):
+            teacher(tmp_path)
+    assert not (tmp_path / "out").exists()
 
 
 # --- the recipe, tiny ------------------------------------------------------------------------------------------------
@@ -396,8 +467,8 @@ def _worker(rank: int, folder: str, port: int) -> None:
     recipe.train = train  # type: ignore[assignment]
     recipe.prepare = lambda config, data, out: micro_lessons(config)  # type: ignore[assignment]
     recipe.NanoConfig = Micro  # type: ignore[misc]
-    options = argparse.Namespace(data=out, out=out, processes=2, image_steps=3, stages=["text", "image"])
-    recipe._work(rank, options, port)
+    options = argparse.Namespace(data=out, out=out, device="cpu", processes=2, image_steps=3, stages=["text", "image"])
+    assert recipe._work(rank, options, port) == 0
 
 
 def _effective(name: str, value: Tensor) -> Tensor:
@@ -428,17 +499,102 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     assert all(torch.equal(saved[name], value.half().float()) for name, value in both[0].items())
 
 
+def here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command with the tiny lessons, and without data."""
+    monkeypatch.setattr(recipe, "check_data", lambda data: None)
+    monkeypatch.setattr(recipe, "prepare", lambda config, data, out: micro_lessons(config))
+    monkeypatch.setattr(recipe, "NanoConfig", Micro)
+
+
+def test_a_stopped_command_says_so_by_its_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What comes after it, as in `make nano`, must not go on."""
+    here(monkeypatch)
+    tell = Task.tell
+
+    def stop(self: Task, trainer: Trainer, line: dict[str, Any]) -> None:
+        tell(self, trainer, line)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    given = ["--out", str(tmp_path / "out"), "--device", "cpu", "--processes", "1"]
+    with monkeypatch.context() as patch, caplog.at_level("INFO"):
+        patch.setattr(Task, "tell", stop)
+        assert recipe.main(given) == recipe.STOPPED != 0
+    assert "stopped in stage text; the same command continues" in caplog.text
+    assert recipe.main(given) == 0
+    assert (tmp_path / "out" / "PE-Core-nano" / "model.safetensors").is_file()
+
+
+def test_several_processes_end_with_the_status_of_theirs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch)
+    given = ["--out", str(tmp_path / "out"), "--device", "cpu"]
+    for ended in (recipe.STOPPED, 1, 0, -9):
+
+        def spawn(run: Any, arguments: Any, nprocs: int, ended: int = ended) -> None:
+            assert nprocs == 2
+            monkeypatch.setattr(recipe, "_work", lambda *_: ended)
+            with nullcontext() if ended == 0 else pytest.raises(SystemExit, match=str(ended)):
+                run(0, *arguments)
+            if ended:
+                raise mp.ProcessExitedException("-", error_index=0, error_pid=1, exit_code=ended)
+
+        monkeypatch.setattr(recipe.torch.multiprocessing, "spawn", spawn)
+        if ended < 0:
+            with pytest.raises(mp.ProcessExitedException):
+                recipe.main(given)
+        else:
+            assert recipe.main(given) == ended
+
+
+def test_a_device_is_chosen(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    here(monkeypatch)
+    chosen: list[tuple[str, int]] = []
+
+    def start(*given: Any) -> int:
+        chosen.append((given[-1].device, given[-1].processes))
+        return 0
+
+    monkeypatch.setattr(recipe, "_work", start)
+    monkeypatch.setattr(recipe, "_start", start)
+    monkeypatch.setattr(recipe, "pick_device", torch.device)
+    for there, arguments, wanted in (
+        (["cpu"], [], ("cpu", 2)),
+        (["mps", "cpu"], [], ("cpu", 2)),
+        (["cuda:0", "cpu"], [], ("cuda", 1)),
+        (["cuda:0", "cpu"], ["--device", "cpu", "--processes", "3"], ("cpu", 3)),
+    ):
+        monkeypatch.setattr(recipe, "available_devices", lambda there=there: there)
+        assert recipe.main(arguments) == 0
+        assert chosen[-1] == wanted
+    monkeypatch.undo()
+    assert recipe.main(["--device", "cuda:77"]) == 1
+    assert capsys.readouterr().err.startswith("error: device 'cuda:77' is not available")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_a_gpu_learns_what_a_cpu_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here(monkeypatch)
+    found = []
+    for device in ("cpu", "cuda"):
+        given = ["--out", str(tmp_path / device), "--device", device, "--processes", "1", "--image-steps", "3"]
+        assert recipe.main(given) == 0
+        found.append([line["loss"] for stage in ("text", "image") for line in read_metrics(tmp_path / device / stage)])
+        assert load_clip(tmp_path / device / "PE-Core-nano", device="cpu")
+    assert found[1] == pytest.approx(found[0], rel=1e-3)
+
+
 def test_the_command_goes_stage_by_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(recipe, "prepare", lambda config, data, out: micro_lessons(config))
-    monkeypatch.setattr(recipe, "NanoConfig", Micro)
-    given = ["--data", str(tmp_path), "--out", str(tmp_path / "out"), "--processes", "1", "--image-steps", "2"]
-    recipe.main([*given, "--stages", "text"])
+    here(monkeypatch)
+    given = ["--out", str(tmp_path / "out"), "--device", "cpu", "--processes", "1", "--image-steps", "2"]
+    assert recipe.main([*given, "--stages", "text"]) == 0
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["text"]
     done = (tmp_path / "out/text/metrics.jsonl").read_text()
     with caplog.at_level("INFO"):
-        recipe.main([*given, "--stages", "image"])
+        assert recipe.main([*given, "--stages", "image"]) == 0
     assert "continuing at step 3 of 3" in caplog.text, "the first stage is read, not left out"
     assert (tmp_path / "out/text/metrics.jsonl").read_text() == done
     assert "image step=2" in caplog.text

@@ -12,15 +12,19 @@ import torch
 import torch.multiprocessing as mp
 from PIL import Image
 from torch import Tensor
+from training_tiny import watched_compiler
+from typer.testing import CliRunner
 
 from perception.errors import CheckpointError, ConfigError, MediaError
 from perception.media import read_image
 from perception.pixels import PixelSpec
+from perception.training.distributed import EngineConfig
 from perception.training.state import KeepConfig
 from perception.training.trainer import Stopped
 from perception_encoder.clip import CLIP
 from perception_encoder.config import TextConfig, VisionConfig
 from perception_encoder.text import TextTransformer
+from perception_encoder.training import tasks
 from perception_encoder.training.config import (
     FeaturesConfig,
     LabelsConfig,
@@ -33,7 +37,7 @@ from perception_encoder.training.config import (
     run_names,
 )
 from perception_encoder.training.flops import tower_flops, vision_flops
-from perception_encoder.training.launch import make_trainer, rehearse, train
+from perception_encoder.training.launch import load_checkpoint, make_trainer, rehearse, train
 from perception_encoder.training.nano import ImageStudent, NanoConfig
 from perception_encoder.training.optim import layer_groups, orthogonal, warmup_cosine
 from perception_encoder.training.pairs import FolderPairs, PairStream, RowPairs, TarPairs, class_names, open_pairs
@@ -229,6 +233,20 @@ def test_pictures_stay_inside_their_root(pictures: Path) -> None:
             pairs[index]
 
 
+def test_a_bad_row_is_named_by_its_line(tmp_path: Path) -> None:
+    """F-124: where an editor finds it, behind empty lines, texts of several lines, and marks that end none in JSON."""
+    text = '\n{"image": "a", "text": "x\u2028y"}\n\n   \nno json\n'
+    (tmp_path / "rows.jsonl").write_text(text, encoding="utf-8")
+    (tmp_path / "rows.csv").write_text('image,text\n\na,"two\nlines"\n\n../b,"three\n\nlines",more,"and\nmore"\nc\n')
+    (tmp_path / "rows.tsv").write_text("image\ttext\r\na\tx\r\n../b\ty\r\n", newline="")
+    for file, lines, bad in (("rows.jsonl", [2, 5], 1), ("rows.csv", [3, 6, 10], 1), ("rows.tsv", [2, 3], 1)):
+        pairs = RowPairs(tmp_path / file, PairsConfig(source=""))
+        assert [pairs.where(i) for i in range(len(pairs))] == [f"{tmp_path / file}:{line}" for line in lines]
+        with pytest.raises(MediaError, match=rf"{file}:{lines[bad]}: "):
+            pairs[bad]
+    assert RowPairs(tmp_path / "rows.jsonl", PairsConfig(source=""))[0].texts == ("x\u2028y",)
+
+
 def test_data_that_is_none_says_so(tmp_path: Path) -> None:
     for source, why in (("nowhere", "no data at"), ("a.parquet", "of no kind"), (".", "no picture"), ("b.tar", "tar")):
         if "." in source[1:]:
@@ -319,6 +337,21 @@ def test_run_files_of_the_package_are_whole() -> None:
         load_run("contrastive_nano", ["optimizer.lerning=3"])
     with pytest.raises(ConfigError, match="warmup"):
         load_run("contrastive_nano", ["steps=3"])
+    with pytest.raises(ConfigError, match=r"no run file at contrastive; those of the package are .*contrastive_nano, "):
+        load_run("contrastive")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optimizer.clip=-1", "optimizer.lr=-1", "optimizer.lr=nan", "optimizer.weight_decay=-0.1", "optimizer.eps=-1",
+        "optimizer.betas=[0.9, 1.0]", "optimizer.layer_decay=0", "schedule.floor=2", "schedule.warmup=-1", "average=7",
+        "stop_after=-1",
+    ],
+)  # fmt: skip
+def test_numbers_that_cannot_be_are_named(override: str) -> None:
+    with pytest.raises(ConfigError, match=override.partition("=")[0]):
+        load_run("contrastive_nano", [override])
 
 
 def weights(folder: str) -> dict[str, Tensor]:
@@ -409,6 +442,76 @@ def test_two_processes_are_one(pictures: Path) -> None:
         torch.testing.assert_close(together[name], value, atol=2e-4, rtol=0)
 
 
+def test_compiled_blocks_learn_the_same(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(pictures, steps=2)
+    assert train(run, model=small_clip(), progress=False)
+    compiled = replace(run, out=run.out + "-compiled", engine=EngineConfig(device="cpu", compile=True))
+    with watched_compiler(monkeypatch) as graphs:
+        assert train(compiled, model=small_clip(), progress=False)
+    assert len(graphs) >= 2, "blocks of both towers"
+    assert [line["loss"] for line in records(compiled)] == pytest.approx([line["loss"] for line in records(run)])
+    named, other = weights(run.out), weights(compiled.out)
+    assert named.keys() == other.keys()
+
+
+@pytest.mark.parametrize("task", ["contrastive", "classify", "spatial"])
+def test_bf16_passes(pictures: Path, monkeypatch: pytest.MonkeyPatch, task: str) -> None:
+    """Near the run in float32; losses, the scale and what is kept are in float32 all the same."""
+    seen: list[tuple[torch.dtype, float]] = []
+    inner = tasks.clip_loss
+
+    def watched(image: Tensor, text: Tensor, scale: Tensor, **how: Any) -> Tensor:
+        seen.append((image.dtype, scale.item()))
+        return inner(image, text, scale, **how)
+
+    monkeypatch.setattr(tasks, "clip_loss", watched)
+
+    def losses(out: str, precision: Any) -> list[float]:
+        run = make_run(pictures, task, steps=2, out=str(pictures.parent / out), loss=LossConfig(layer=1))
+        run = replace(run, engine=EngineConfig(device="cpu", precision=precision))
+        model = small_clip() if task == "contrastive" else tower(depth=4)
+        assert train(run, model=model, progress=False)
+        return [line["loss"] for line in records(run)]
+
+    wanted, found = losses("whole", "fp32"), losses("half", "bf16")
+    assert found == pytest.approx(wanted, rel=0.02)
+    assert not any(torch.tensor(loss).bfloat16().item() == loss for loss in found), "the sum is not of bf16 numbers"
+    if task == "contrastive":
+        assert [dtype for dtype, _ in seen] == 2 * [torch.float32] + 2 * [torch.bfloat16]
+        assert seen[2][1] == pytest.approx(seen[0][1], rel=1e-6), "the scale is not rounded"
+    load: Any = load_clip if task == "contrastive" else load_encoder
+    saved = load(str(pictures.parent / "half" / "model"), device="cpu")
+    assert {p.dtype for p in saved.parameters()} == {torch.float32}
+    assert not all(torch.equal(p, p.bfloat16().float()) for p in saved.parameters()), "kept in float32"
+
+
+@pytest.mark.parametrize("task", ["contrastive", "classify", "spatial"])
+def test_a_checkpoint_is_a_model(pictures: Path, tmp_path: Path, task: str) -> None:
+    """What a run ends with is what its newest checkpoint holds, averages first; `perception export` writes it."""
+    from perception.cli import build
+
+    model: Any = small_clip() if task == "contrastive" else tower(depth=4)
+    save(model, tmp_path / "base")
+    init = ModelConfig(init=str(tmp_path / "base"), layer_scale=0.5 if task == "spatial" else None)
+    run = make_run(pictures, task, steps=2, average=0.5, model=init, loss=LossConfig(layer=1))
+    assert train(run, progress=False)
+    load: Any = load_clip if task == "contrastive" else load_encoder
+    expected = dict(load(f"{run.out}/model", device="cpu", dtype="fp32").named_parameters())
+    found = dict(load_checkpoint(run.out).named_parameters())
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    plain = dict(load_checkpoint(run.out, average=False).named_parameters())
+    assert not all(torch.equal(plain[name], value) for name, value in expected.items())
+    call = CliRunner().invoke(build(), ["export", run.out, str(tmp_path / "written")], catch_exceptions=False)
+    assert call.exit_code == 0
+    written = dict(load(str(tmp_path / "written"), device="cpu", dtype="fp32").named_parameters())
+    assert all(torch.equal(written[name], value) for name, value in expected.items())
+    with pytest.raises(ConfigError, match="`perception convert"):
+        CliRunner().invoke(build(), ["export", run.out, str(tmp_path / "hf"), "--format", "hf"], catch_exceptions=False)
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        load_checkpoint(tmp_path)
+
+
 def test_a_rehearsal_leaves_nothing_behind(pictures: Path) -> None:
     run = make_run(pictures)
     found = rehearse(run, model=small_clip())
@@ -416,6 +519,10 @@ def test_a_rehearsal_leaves_nothing_behind(pictures: Path) -> None:
     assert found["samples"] == 24
     assert found["learn"] == found["parameters"] == sum(p.numel() for p in small_clip().parameters())
     assert found["step"]["loss"] > 0
+    broken = small_clip()
+    torch.nn.init.constant_(broken.vision.patch_embed.weight, torch.nan)
+    with pytest.raises(ConfigError, match="the first step taught nothing: loss nan"):
+        rehearse(run, model=broken)
 
 
 def test_finetuning_a_classifier(pictures: Path) -> None:

@@ -26,6 +26,20 @@ def perturbed(config: pe.VisionConfig = TINY, seed: int = 0) -> pe.VisionTransfo
     return tower
 
 
+class SaysCuda(torch.Tensor):
+    """A tensor on the CPU that takes the ways of one on a GPU."""
+
+    is_cuda = property(lambda self: True)  # type: ignore[assignment]
+
+
+@torch.no_grad()
+def test_patches_as_a_product() -> None:
+    """On a GPU the convolution is a matrix product, which is never rounded to TF32 unasked; the same numbers."""
+    embed, pixels = perturbed().patch_embed, torch.randn(2, 3, 24, 40)
+    got = embed(pixels.as_subclass(SaysCuda)).as_subclass(torch.Tensor)
+    torch.testing.assert_close(got, torch.nn.functional.conv2d(pixels, embed.weight, stride=8), rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("size", [(32, 32), (8, 8), (24, 56)])
 @torch.inference_mode()
 def test_any_multiple_of_the_patch(size: tuple[int, int]) -> None:
@@ -175,6 +189,33 @@ def test_towers_without_a_pool_say_so() -> None:
 def test_f25_sizes_that_cannot_be(change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         dataclasses.replace(TINY, **change)
+
+
+@pytest.mark.parametrize("size", ["28", 28.0, None, True, [28]])
+def test_sizes_are_whole_numbers(size: object) -> None:
+    with pytest.raises(ConfigError, match=r"vision image_size is .*; expected a whole number"):
+        dataclasses.replace(TINY, image_size=size)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=r"text width is .*; expected a whole number"):
+        pe.TextConfig(context=8, width=size, depth=1, heads=2, output_width=12)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="vision layer_scale is 'x'; expected a number"):
+        dataclasses.replace(TINY, layer_scale="x")  # type: ignore[arg-type]
+
+
+def test_what_is_no_tensor_is_named() -> None:
+    """The natural mistakes: a file for its pixels, a text for its tokens."""
+    clip = pe.CLIP(
+        perturbed(), pe.TextTransformer(pe.TextConfig(context=8, width=16, depth=1, heads=2, output_width=12))
+    )
+    for call in (clip.encode_image, clip.vision, clip.vision.pooled, clip):
+        with pytest.raises(
+            TypeError, match="pixels are a tensor, B 3 H W; given str; run pictures through `preprocess`"
+        ):
+            call("cat.jpg")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="frames are a tensor, B N 3 S S; given list"):
+        clip.encode_video(["a.jpg", "b.jpg"])  # type: ignore[arg-type]
+    for call in (clip.encode_text, clip.text):
+        with pytest.raises(TypeError, match="tokens are a tensor, B n; given str; run texts through `tokenize` first"):
+            call("a cat")  # type: ignore[arg-type]
 
 
 def test_f25_config_from_a_hostile_dict() -> None:

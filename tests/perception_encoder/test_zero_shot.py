@@ -75,6 +75,10 @@ def test_f83_nothing_to_choose_from(clip: pe.CLIP) -> None:
         pe.ZeroShotClassifier(clip, [])
     with pytest.raises(ValueError, match="no templates given"):
         pe.ZeroShotClassifier(clip, ["a"], [])
+    with pytest.raises(TypeError, match="given VisionTransformer, which has no encode_text, no"):
+        pe.ZeroShotClassifier(clip.vision, ["a"])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match="given str"):
+        pe.ZeroShotClassifier("PE-Core-nano", ["a"])  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="labels are texts; given 3"):
         pe.ZeroShotClassifier(clip, ["a", 3])
     with pytest.raises(ValueError, match="top=0"):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from perception.errors import CheckpointError, ConfigError
+from perception.errors import CheckpointError, ConfigError, UnknownName
 from perception_encoder import interop, zoo
 from perception_encoder.checkpoints import FolderConfig, export, save
 from perception_encoder.clip import CLIP
@@ -128,6 +128,17 @@ def test_a_name_that_is_not_there() -> None:
             call("PE-Core-L16-336")
     with pytest.raises(LookupError):
         load_encoder("pe-core-l14-336-typo")
+    for call in (load_clip, load_encoder, describe, zoo.download):
+        with pytest.raises(UnknownName, match="did you mean 'PE-Core-nano'"):
+            call("PE-Core-nan")
+
+
+def test_a_name_of_the_other_package() -> None:
+    for call in (load_clip, load_encoder):
+        for name in ("PLM-nano", "Perception-LM-1B"):
+            with pytest.raises(UnknownName, match=f"'{name}' is a language model; perception_lm"):
+                call(name)
+    assert zoo.download("PLM-nano").name == "PLM-nano"
 
 
 # --- From a name to a model, without a network ---------------------------------------------------------------------

@@ -23,6 +23,7 @@ from perception_lm.assistant import Assistant, Words, media_part, question_about
 from perception_lm.chat import Clip, Picture
 from perception_lm.config import DecoderConfig
 from perception_lm.generation import Reply
+from perception_lm.memory import Memory
 from perception_lm.regions import Box, Moment
 from perception_lm.tokenizer import LlamaTokenizer
 
@@ -200,6 +201,26 @@ def test_a_stream_is_the_answer_in_pieces(assistant: Assistant) -> None:
     assert len(pieces) > 3
 
 
+def test_a_stream_remembers_too(assistant: Assistant, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As generate() does; and what it has when the reader leaves is kept, as it is whole."""
+    encoded: list[int] = []
+    real = assistant.model.encode_media
+    monkeypatch.setattr(assistant.model, "encode_media", lambda pixels: (encoded.append(len(pixels)), real(pixels))[1])
+    first, second = (user(image(FIRST), text) for text in ("What is this?", "And what colour?"))
+    wanted = [reply.text for reply in assistant.generate([first, second], max_new_tokens=6)]
+    encoded.clear()
+    monkeypatch.setattr(assistant, "memory", Memory(1))
+    assert "".join(assistant.stream(first, max_new_tokens=6)) == wanted[0]
+    assert "".join(assistant.stream(second, max_new_tokens=6)) == wanted[1]
+    assert encoded == [5]
+    left = assistant.stream(first, max_new_tokens=6)
+    next(left)
+    assert not assistant.memory.sessions  # lent
+    left.close()
+    assert assistant.generate([second], max_new_tokens=6)[0].text == wanted[1]
+    assert encoded == [5]
+
+
 def test_a_stream_refuses_at_once(assistant: Assistant) -> None:
     for talk, options, error in (
         (user("<image>"), {}, RequestError),
@@ -310,6 +331,19 @@ def test_describing_a_region(assistant: Assistant, said: Callable, sideways: Pat
     for wrong in ("[1,2,3,4]", [1, 2, 3], None):
         with pytest.raises(RequestError, match="a Box, or x1, y1, x2, y2"):
             assistant.describe_region(sideways, wrong)  # type: ignore[arg-type]
+
+
+def test_boxes_that_cannot_be(assistant: Assistant, said: Callable, sideways: Path) -> None:
+    """The picture is 480 x 640 upright; what is partly in it is moved to its edge."""
+    said("a hydrant")
+    for drawn in (False, True):
+        for box in ((50, 50, 10, 10), (10, 50, 50, 10), (480, 0, 500, 20), (-20, 0, -1, 20), (0, 640, 20, 700)):
+            values = re.escape(str([float(value) for value in box]))
+            with pytest.raises(RequestError, match=f"the box {values} in a picture of 480x640; expected"):
+                assistant.describe_region(sideways, box, drawn=drawn)
+        with pytest.raises(RequestError, match=r"the box \[nan, 0.0, 1.0, 1.0\]"):
+            assistant.describe_region(sideways, (float("nan"), 0, 1, 1), drawn=drawn)
+        assert assistant.describe_region(sideways, (-5, -5, 500, 700), drawn=drawn) == "a hydrant"
 
 
 LOCALIZE = (

@@ -24,8 +24,11 @@ from perception_lm.memory import Memory
 from perception_lm.model import PerceptionLM
 from perception_lm.projector import PixelShuffleProjector, PoolingProjector
 from perception_lm.quantize import weight_bytes
+from perception_lm.samples import samples
 from perception_lm.sampling import GenerationConfig
+from perception_lm.zoo import load
 
+FORMS = {"int8": {matvec.Panels8, matvec.Torch8}, "int4": {matvec.Panels4, matvec.Torch4}}
 SHORT = GenerationConfig(max_new_tokens=8)
 MIDDLE = DecoderConfig(width=192, depth=3, heads=6, kv_heads=2, mlp_width=384, vocab=300, tied=True, context=600)
 
@@ -62,13 +65,20 @@ def pieces(decoder: FastDecoder, x: Tensor, sizes: list[int]) -> Tensor:
     return torch.cat([decoder(part, cache) for part in x.split(sizes, dim=1)], dim=1)
 
 
-def check_margins(plain: PerceptionLM, ids: list[int], media: Tensor | None, answer: list[int], slack: float) -> None:
-    """Each token is the likeliest by the plain path, or less than `slack` behind it: a close call may go either way."""
-    tokens = torch.tensor([ids + answer[:-1]])
+def check_margins(
+    plain: PerceptionLM, fast: PerceptionLM, ids: Tensor, media: Tensor | None, answer: list[int], off: float
+) -> int:
+    """No logit is off by more than `off`, and each token is the likeliest by the plain path, or less than twice that
+    behind it: a close call may go either way. Returns how many were none.
+    """
+    tokens = torch.cat([ids, torch.tensor([answer[:-1]])], dim=1)
     with torch.inference_mode():
-        logits = plain(tokens, media, last=len(answer))[0].float()
+        logits, found = (model(tokens, media, last=len(answer))[0].float() for model in (plain, fast))
+    assert float((found - logits).abs().max()) <= off
     behind = logits.amax(-1) - logits[range(len(answer)), answer]
-    assert float(behind.max()) <= slack
+    assert float(behind.max()) <= 2 * off
+    first, second = logits.topk(2).values.unbind(-1)
+    return int((first - second > 2 * off).sum())
 
 
 # --- Numbers ----------------------------------------------------------------------------------------------------------
@@ -107,6 +117,8 @@ def test_rounded_weights_stay_close(quantize: str, least: float, form: str) -> N
     for found in (few, many):
         assert float(F.cosine_similarity(found, wanted, dim=-1).min()) > least
     assert error(few, many) < 0.05
+    # compiled kernels take maps of one input in one call; torch's operators are given them as one
+    assert {len(block.weights) for block in fast.blocks} == {7 if form == "compiled" else 4}
     blocks = sum(weight.nbytes for block in fast.blocks for weight in block.weights)
     full = sum(p.numel() for block in plain.blocks for p in block.parameters())
     assert blocks < full * (1.05 if quantize == "int8" else 0.7)
@@ -204,12 +216,26 @@ def test_answers_are_the_plain_ones(name: str, settings: dict) -> None:
     )[0].tokens
 
 
-def test_rounded_answers_are_within_the_margin() -> None:
-    plain = golden.tiny()
-    fast = optimize(plain, quantize="int8")
-    ids, media = golden.random_prompt(0, 1, 9)
-    (reply,) = generate(fast, golden.pack([ids], [media]), golden.words, max_new_tokens=10)
-    check_margins(plain, ids, media, reply.tokens, slack=0.3)
+@pytest.mark.parametrize(("kind", "off"), [("bf16", 0.1), ("int8", 0.5), ("int4", 1.25)])
+def test_rounded_answers_are_within_the_margin(kind: str, off: float) -> None:
+    """PLM-nano's greedy tokens are those of float32 wherever these are ahead of the next ones by more than rounding
+    moves two logits, and mostly they are. `off` is a little over what was measured, of logits that spread by 4."""
+    plain = load("PLM-nano", device="cpu", dtype="float32")
+    if kind == "bf16":
+        fast = optimize(load("PLM-nano", device="cpu", dtype="bfloat16"))
+    else:
+        fast = optimize(plain, kind)
+        assert {type(weight) for weight in fast.model.decoder.blocks[0].weights} <= FORMS[kind]
+    clear, tokens = 0, 0
+    for name in ("chart", "scene"):
+        sample = samples()[name]
+        picture = {"type": "image", "image": str(sample["path"])}
+        messages = [{"role": "user", "content": [picture, {"type": "text", "text": sample["questions"][0][0]}]}]
+        batch = plain.processor([messages])
+        (reply,) = fast.generate([messages], max_new_tokens=24)
+        clear += check_margins(plain.model, fast.model, batch.tokens, batch.pixels, reply.tokens, off)
+        tokens += len(reply.tokens)
+    assert clear > tokens // 2
 
 
 def test_scores_and_cancel() -> None:

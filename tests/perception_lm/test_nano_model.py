@@ -12,12 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 from training_tiny import tiny_assistant
+from typer.testing import CliRunner
 
 import perception_lm as plm
+from perception.cli import build
 from perception.errors import ConfigError
 from perception_encoder.zoo import load_encoder
 from perception_lm.samples import samples
 from perception_lm.tokenizer import SPECIAL, read_ranks
+from perception_lm.training.export import load_checkpoint
+from perception_lm.training.launch import train
 from perception_lm.training.nano import __main__ as nano
 from perception_lm.training.nano.__main__ import STAGES, finish, stage
 from perception_lm.training.nano.build import DECODER, KEPT, language_tower
@@ -102,6 +106,29 @@ def test_the_tower_says_what_it_said() -> None:
     assert language_tower(tower) is tower
 
 
+def test_a_core_becomes_a_lang_through_a_decoder(tmp_path: Path) -> None:
+    """The run file `lang_nano`, two steps of it; the tower it ends with is what a language model is built from."""
+    changes = [f"out={tmp_path}", "steps=2", "batch=2", "schedule.warmup=1", "engine.device=cpu"]
+    changes += ["data.sources.drawings.options={ level = 0, told = true, weights = { shapes = 1 } }"]
+    assert train(load_run("lang_nano", changes))
+    tower = load_encoder(tmp_path / "tower", device="cpu")
+    learned = load_checkpoint(tmp_path).model.encoder
+    cut = language_tower(load_encoder("PE-Core-nano", device="cpu", dtype="float32"))
+    pixels = torch.rand(2, 3, 64, 64) * 2 - 1
+    with torch.inference_mode():
+        patches = tower(pixels).patches
+        assert torch.equal(patches, learned(pixels).patches)
+        assert not torch.equal(patches, cut(pixels).patches)
+    assert (tower.pool, tower.config.depth) == (None, KEPT)
+    assert tower.config.layer_scale is not None
+    assert language_tower(tower) is tower  # as `--tower` takes it
+    assert not (tmp_path / "model").exists()
+    again = ["export", str(tmp_path), str(tmp_path / "again"), "--format", "tower"]
+    assert CliRunner().invoke(build(), again, catch_exceptions=False).exit_code == 0
+    with torch.inference_mode():
+        assert torch.equal(load_encoder(tmp_path / "again", device="cpu")(pixels).patches, patches)
+
+
 @pytest.mark.parametrize("name", STAGES)
 def test_run_files(name: str, tmp_path: Path) -> None:
     run = stage(name, Path("some/data"), tmp_path, ("steps=7000",))
@@ -115,6 +142,24 @@ def test_run_files(name: str, tmp_path: Path) -> None:
     assert isinstance(made, Mixture)
     with pytest.raises(ConfigError, match="split"):
         SOURCES.get("nano/mixture")(weights={"shapes": 1.0}, split="all")
+
+
+def test_what_is_missing_or_mistyped_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--data", str(tmp_path / "none"), "--out", str(tmp_path / "out")]
+    assert nano.main(given) == 1
+    assert capsys.readouterr().err.startswith(f"error: no words at {tmp_path / 'none' / 'words.txt'}; run ")
+    with pytest.raises(SystemExit) as ended:
+        nano.main([*given, "--stages", "stage2,stage4"])
+    assert ended.value.code == 2
+    assert "no stages ['stage4']" in capsys.readouterr().err
+
+
+def test_settings_may_stand_behind_the_stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[tuple[str, int]] = []
+    monkeypatch.setattr(nano, "begin", lambda *_: None)
+    monkeypatch.setattr(nano, "train", lambda run: seen.append((Path(run.out).name, run.steps)))
+    assert nano.main(["--out", str(tmp_path), "--stages", "stage2,stage3", "steps=777"]) == 1  # stopped in stage2
+    assert seen == [("stage2", 777)]
 
 
 def test_the_start_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

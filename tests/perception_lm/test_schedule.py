@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from perception.errors import ConfigError
-from perception_lm.training.schedule import adamw, cosine_factor
+from perception_lm.training.run import OptimizerConfig, make_optimizer
+from perception_lm.training.schedule import cosine_factor
 
 
 def test_published_factors() -> None:
@@ -29,7 +30,7 @@ def test_everything_that_learns_decays() -> None:
     """Trap 34: no group without weight decay for norms and biases; what is frozen is not the optimiser's."""
     model = nn.Sequential(nn.Linear(3, 3), nn.LayerNorm(3), nn.Linear(3, 2))
     model[2].requires_grad_(False)
-    optimizer = adamw(model, lr=0.1, weight_decay=0.5)
+    optimizer = make_optimizer(model, OptimizerConfig(lr=0.1, weight_decay=0.5))
     (group,) = optimizer.param_groups
     assert (group["weight_decay"], group["betas"]) == (0.5, (0.9, 0.95))
     assert len(group["params"]) == 4

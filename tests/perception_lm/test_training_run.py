@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -24,6 +25,7 @@ from training_tiny import (
     tiny_assistant,
     tiny_run,
     turns,
+    watched_compiler,
     write_rows,
 )
 
@@ -32,6 +34,7 @@ from perception.errors import CheckpointError, ConfigError, MissingExtra
 from perception.training.distributed import EngineConfig
 from perception.training.metrics import read_metrics
 from perception.training.state import Checkpoints, KeepConfig
+from perception.training.trainer import Stopped
 from perception_encoder.checkpoints import save as save_tower
 from perception_encoder.config import VisionConfig
 from perception_encoder.training.recipes import adapt_tower
@@ -167,6 +170,16 @@ def test_text_through_a_tower_of_another_library(tmp_path: Path) -> None:
     assert AnswerTask(assistant.model, together=True, tile=24)(pack).total.item() == wanted
     task = make_trainer(tiny_run(tmp_path), assistant=assistant, sources={"colours": Colours()}).task
     assert task.tile == assistant.processor.media.tile == 24
+
+
+def test_compiled_blocks_learn_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run_here(tiny_run(tmp_path / "plain", steps=2))
+    with watched_compiler(monkeypatch) as graphs:
+        run_here(tiny_run(tmp_path / "compiled", steps=2, engine=EngineConfig(device="cpu", compile=True)))
+    assert len(graphs) >= 2, "blocks of the tower and of the decoder"
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+    kept = [load_checkpoint(tmp_path / name).model.state_dict() for name in ("plain", "compiled")]
+    assert kept[0].keys() == kept[1].keys()
 
 
 @pytest.mark.parametrize("engine", [{"precision": "bf16"}, {"shard": "full", "checkpointing": True}])
@@ -369,9 +382,45 @@ def test_run_files_of_the_published_stages() -> None:
     for override in (*numbers, "schedule.warmup=21000", "data.max_bad=2", "data.tokens=5"):
         with pytest.raises(ConfigError):
             load_run("plm_1b_stage3", [override])
-    with pytest.raises(ConfigError, match="no run file"):
+    with pytest.raises(ConfigError, match=r"no run file at plm_2b_stage1; those of the package are .*plm_1b_stage1,"):
         load_run("plm_2b_stage1")
     assert ScheduleConfig().kind == "cosine"
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optimizer.clip=-1", "optimizer.lr=-1", "optimizer.lr=nan", "optimizer.weight_decay=-0.1", "optimizer.eps=-1",
+        "optimizer.betas=[0.9, 1.0]", "optimizer.rates={decoder = -2}", "schedule.floor=2", "schedule.decay=-1",
+        "schedule.warmup=-1", "lora.rank=0", "lora.alpha=0", "lora.dropout=1", "lora.targets=[]", "average=7",
+        "stop_after=-1", "data.max_tiles=0", "data.frames=0", "data.tokens=-1",
+    ],
+)  # fmt: skip
+def test_numbers_that_cannot_be_are_named(override: str) -> None:
+    targets = ["lora.targets=['q']"] if override.startswith("lora") else []
+    with pytest.raises(ConfigError, match=re.escape(override.partition("=")[0])):
+        load_run("nano_stage3", [*targets, override])
+
+
+def test_a_key_of_the_adapters_that_is_none() -> None:
+    with pytest.raises(ConfigError, match=r"lora has unknown keys \['ranks'\]; LoraConfig has"):
+        load_run("nano_stage3", ["lora.targets=['q']", "lora.ranks=4"])
+
+
+def test_every_row_is_too_long(tmp_path: Path) -> None:
+    """No run that learned nothing is a finished one, and none is approved."""
+    run = tiny_run(tmp_path / "run", steps=3, data=DataConfig(seq_len=8), export=("native",))
+    with pytest.raises(Stopped, match=r"in 3 of 3 steps: 18 samples too long, such as Colours\[\d+\]: .*seq_len is 8"):
+        run_here(run)
+    assert not (tmp_path / "run" / "model").exists()
+    with pytest.raises(ConfigError, match=r"the first step taught nothing: 6 samples too long, such as .*seq_len is 8"):
+        rehearse(run, assistant=tiny_assistant(), sources={"colours": Colours()})
+
+
+def test_rows_that_are_all_bad_are_not_approved(tmp_path: Path) -> None:
+    rows = [{"image": f"gone{i}.png", "text": "red"} for i in range(6)]
+    with pytest.raises(ConfigError, match=r"the first step taught nothing: list\[\d\]: .*gone"):
+        rehearse(tiny_run(tmp_path), assistant=tiny_assistant(), sources={"rows": rows})
 
 
 # --- adapters -------------------------------------------------------------------------------------------------------
@@ -422,6 +471,31 @@ def test_an_adapter_is_learned_saved_loaded_and_merged(tmp_path: Path, frozen: b
     resumed = replace(run, steps=5)
     assert train(resumed, sources={"colours": Colours()})
     assert len(losses(run.out)) == 5
+
+
+def test_an_adapter_is_put_on_the_model_it_was_trained_on(tmp_path: Path) -> None:
+    """The run cut the tower, pooled more and showed media another way: an adapter alone does so, too."""
+    pytest.importorskip("peft")
+    tiny_assistant().save(tmp_path / "base")
+    run = tiny_run(
+        tmp_path / "run",
+        steps=2,
+        model=ModelConfig(init=str(tmp_path / "base"), learn=("projector",), depth=1, layer_scale=0.5, pool=1),
+        lora=LORA,
+        export=("native",),
+    )
+    assert train(run, sources={"colours": Colours()})
+    adapted, merged = (plm.load(tmp_path / "run" / name) for name in ("adapter", "model"))
+    assert adapted.processor.media == merged.processor.media != plm.load(tmp_path / "base").processor.media
+    assert adapted.model.projector.pool == merged.model.projector.pool == 1
+    expected = dict(merged.model.named_parameters())
+    found = dict(adapted.model.named_parameters())
+    assert found.keys() == expected.keys()
+    for name, parameter in found.items():
+        torch.testing.assert_close(parameter, expected[name], rtol=1e-6, atol=1e-7)
+    (tmp_path / "run" / "adapter" / "perception.json").write_text('{"changes": [1]}')
+    with pytest.raises(ConfigError, match=r"perception.json: changes is \[1\]; expected a table"):
+        plm.load(tmp_path / "run" / "adapter")
 
 
 @pytest.mark.parametrize("save_frozen", [True, False])
@@ -644,6 +718,9 @@ sources.rows = {{ rows = "{rows}" }}
     assert torch.equal(plm.load(tmp_path / "hf").model.projector.fc1.weight, trained.model.projector.fc1.weight)
     assert "plm_1b_stage1" in call(build(), ["train", "--list"], catch_exceptions=False).stdout
     assert call(build(), ["train", str(file), "stepz=3"]).exit_code == 1
+    for more in (["--dry-run"], []):
+        assert call(build(), ["train", str(file), f"out={tmp_path / 'none'}", "data.seq_len=3", *more]).exit_code == 1
+    assert not (tmp_path / "none" / "model").exists()
 
 
 def test_weights_of_some_sources_alone_are_refused() -> None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import perception_encoder as pe
 import perception_lm as plm
-from perception.errors import CheckpointError, ConfigError
+from perception.errors import CheckpointError, ConfigError, UnknownName
 from perception.hub import SNAPSHOT
 from perception.pixels import PixelSpec
 from perception_encoder.protocol import Features
@@ -66,6 +66,11 @@ def test_published_models_are_described() -> None:
         describe("perception-lm-2b")
     with pytest.raises(LookupError, match="no language model named 'Perception-LM-2B'"):
         load("Perception-LM-2B")
+    for call in (describe, load, zoo.estimate, zoo.download):
+        with pytest.raises(UnknownName, match="did you mean 'PLM-nano'"):
+            call("PLM-nan")
+        with pytest.raises(UnknownName, match="'PE-Core-nano' is a vision encoder; perception_encoder"):
+            call("PE-Core-nano")
     with pytest.raises(LookupError, match="no language model named 'xxx"):
         load("x" * 300)  # no file system takes so long a name, and none is asked to
 

@@ -4,11 +4,12 @@ M rows  K inputs  N outputs
 
     x @ w.T  ~  (codes of x @ codes of w.T) * scale of x's row * scale of w's row
 
-Weights are coded once, inputs at each call. A map stays in its own dtype when eight bits move its output too far.
+Weights are coded once, inputs at each call. A map stays in its own dtype when eight bits move its output too far, and
+further maps do until the model's own output stays near (`settle`).
 """
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, Protocol
 
 import torch
@@ -22,7 +23,9 @@ log = logging.getLogger(__name__)
 
 Code = Literal["int8", "fp8"]
 DTYPES: dict[str, tuple[torch.dtype, float]] = {"int8": (torch.int8, 127.0), "fp8": (torch.float8_e4m3fn, 448.0)}
-GATE = 0.999  # cosine of outputs
+GATE = 0.999  # cosine of a map's outputs
+WHOLE = {"int8": 0.999, "fp8": 0.995}  # and of a model's; a float of 8 bits has four that count
+STEPS = 8  # in which maps go back to their own dtype until the model's output is near enough
 SAMPLE = 512  # rows an input is remembered by
 LEAST_ROWS = 32  # the integer product takes more than 16
 BLOCK = 1024
@@ -61,11 +64,15 @@ class Product:
             return 0.0
         self.codes, self.scale = quantize_rows(self.weight, code)
         self.code = code
-        cosine = float(F.cosine_similarity(self._coded(sample).float(), wanted, dim=-1).mean())
+        cosine = similarity(self._coded(sample), wanted)
         if not cosine >= GATE:
             log.debug("a map of %d x %d stays in %s: cosine %.5f in %s", N, K, self.weight.dtype, cosine, code)
-            self.code = self.codes = self.scale = None
+            self.restore()
         return cosine
+
+    def restore(self) -> None:
+        """Back to the weights, which are still there."""
+        self.code = self.codes = self.scale = None
 
     def release(self) -> None:
         """Give the weight up where its codes do."""
@@ -83,6 +90,34 @@ class Product:
         else:
             y = fp8_product(codes, self.codes, scale, self.scale, self.bias, x.dtype)
         return y.unflatten(0, x.shape[:-1])
+
+
+def settle(products: Sequence[Product], run: Callable[[], Tensor], code: Code) -> list[float]:
+    """Eight bits for the products that they do not harm, each by itself and all together; the cosine of each.
+
+    run  a pass of the model on a fixed input -> ... C, what is to stay near (`WHOLE`). The products that eight bits
+         cost most go back to their own dtype, an eighth of all at a time, until it does
+
+    Raises ConfigError for a code this device does not compute with.
+    """
+    for product in products:
+        product.watching = True
+    wanted = run().float()
+    cosines = [product.settle(code) for product in products]
+    coded = [product for _, product in sorted(zip(cosines, products, strict=True), key=lambda pair: pair[0])]
+    coded = [product for product in coded if product.code is not None]
+    step = -(-len(coded) // STEPS)
+    while coded and not (cosine := similarity(run(), wanted)) >= WHOLE[code]:
+        log.debug("%d maps in %s leave the model a cosine of %.5f; %d fewer", len(coded), code, cosine, step)
+        for product in coded[:step]:
+            product.restore()
+        coded = coded[step:]
+    return cosines
+
+
+def similarity(found: Tensor, wanted: Tensor) -> float:
+    """The mean cosine of two tensors ... C"""
+    return float(F.cosine_similarity(found.float(), wanted.float(), dim=-1).mean())
 
 
 class Holder(Protocol):

@@ -4,18 +4,21 @@ python -m perception_encoder.training.drawings --out runs/data     # once: emoji
 python -m perception_lm.training.nano --data runs/data --out runs/plm_nano
 
 Each stage is a run file of its own (`perception train nano_stage2`); this fills in the folders and hands one stage's
-model to the next. SIGTERM and SIGINT save first. Under torchrun the first process alone makes what training starts from
-and what it ends with.
+model to the next. What is finished is not done again: for other settings or newer code, give another --out. SIGTERM and
+SIGINT save first, and end with status 1. Under torchrun the first process alone makes what training starts from and
+what it ends with.
 """
 
 import argparse
 import logging
 import os
+import sys
 import time
 from pathlib import Path
 
 import torch
 
+from perception.errors import PerceptionError
 from perception_lm.training.launch import train
 from perception_lm.training.nano.build import build_start
 from perception_lm.training.run import Run, load_run
@@ -65,20 +68,33 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, default=Path("runs/data"))
     parser.add_argument("--out", type=Path, default=Path("runs/plm_nano"))
     parser.add_argument("--tower", default="PE-Core-nano", help="a PE-Core to cut, or a PE-Lang as it is")
-    parser.add_argument("--stages", nargs="+", default=STAGES, choices=STAGES)
+    parser.add_argument("--stages", default=",".join(STAGES), help="which of them, with commas between")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's own choice")
     parser.add_argument("overrides", nargs="*", help="key=value for every stage")
     options = parser.parse_args(arguments)
+    stages = options.stages.split(",")
+    if strange := sorted(set(stages) - set(STAGES)):
+        parser.error(f"no stages {strange}; there are {', '.join(STAGES)}")
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     if options.threads:
         torch.set_num_threads(options.threads)
+    try:
+        return _train(options, stages)
+    except (PerceptionError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+
+
+def _train(options: argparse.Namespace, stages: list[str]) -> int:
+    """The exit status: 1 for a run that was told to stop, which goes on when it is begun again."""
     rank = int(os.environ.get("RANK", "0"))
     begin(options.out, options.data, options.tower, rank)
     for name in STAGES:
-        if name not in options.stages or (options.out / name / "model" / "config.json").is_file():
+        if name not in stages or (options.out / name / "model" / "config.json").is_file():
             continue
         log.info("%s", name)
         if not train(stage(name, options.data, options.out, tuple(options.overrides))):
+            log.info("%s stopped before its end; the same command goes on", name)
             return 1
     last = options.out / STAGES[-1] / "model"
     if rank == 0 and last.is_dir():

@@ -44,8 +44,9 @@ def build_start(out: Path, data: Path, tower: str | Path = "PE-Core-nano", seed:
         return folder
     words = out / "tokenizer.model"
     if not words.is_file():
+        mixture = make(data=str(data))  # first: it says what to do where there are no words
         nouns = (data / "words.txt").read_text(encoding="utf-8").split("\n")
-        ranks = train_ranks(corpus(make(data=str(data)), nouns))
+        ranks = train_ranks(corpus(mixture, nouns))
         with atomic_write(words) as temporary:
             temporary.write_bytes(ranks)
     tokenizer = LlamaTokenizer.from_file(words)

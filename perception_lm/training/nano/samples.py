@@ -5,6 +5,7 @@ python -m perception_lm.training.nano.samples
 
 import json
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ def draw() -> dict[str, tuple[list[np.ndarray], dict[str, Any]]]:
     """Name -> frames (of a picture, one) and questions with their answers."""
     world = World(split="test", asked="train")
     dice = random.Random("demo/chart")
-    chart, face = charts.invent(dice, world)
+    chart, face = charts.invent(dice, replace(world, level=1))  # two or three bars
     picture = charts.plot(dice, world, chart, face)
     largest = chart.names[chart.values.index(max(chart.values))]
     chart_asked = [
