@@ -16,7 +16,7 @@ from pathlib import Path
 HERE = Path(__file__).parent
 SCRIPTS = (
     *("import_time", "pixels", "tiling", "encoder", "text", "decode", "load", "first_image", "lm_loss", "retrieval"),
-    "scale",
+    *("training_linear", "scale"),
 )
 # Of each its cheapest case, and the part of the time it may take: what it does not use, those after it have.
 QUICK = {"import_time": 2, "pixels": 2, "tiling": 3, "lm_loss": 2, "encoder": 3, "text": 3, "decode": 5}
