@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 Kernel = Callable[[Tensor, Tensor, Tensor, bool, Tensor | None], Tensor]
-# On a Hopper GPU PyTorch's own order begins with cuDNN, which builds a plan for each new shape: some 30 ms, at every
-# token while a cache grows and at every prompt of another length.
+# On a Hopper GPU PyTorch's own order begins with cuDNN, which builds a plan for each new shape: at every token while a
+# cache grows, and at every prompt of another length.
 ORDER = (
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
