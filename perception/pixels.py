@@ -214,9 +214,13 @@ class FastPixels(PixelSpec):
 
 
 def _planes(image: Image.Image) -> Tensor:
-    """1 C H W uint8 of a picture, the channels last in memory."""
-    codes = torch.from_numpy(np.array(image))
-    return (codes[..., None] if codes.ndim == 2 else codes).permute(2, 0, 1)[None]
+    """1 C H W uint8 of a picture, the channels last in memory.
+
+    The batch's axis is there before the channels move: put on afterwards, it gets a stride by which PyTorch takes the
+    picture for one with the channels first, and its resize copies it twice.
+    """
+    codes = torch.from_numpy(np.array(image))[None]
+    return (codes[..., None] if codes.ndim == 3 else codes).permute(0, 3, 1, 2)
 
 
 def _values(spec: PixelSpec) -> dict[str, Any]:

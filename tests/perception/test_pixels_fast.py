@@ -100,6 +100,14 @@ def test_scaled_decoding_leaves_enough_pixels() -> None:
         spec.fast("scaled").codes(data[:2000])
 
 
+def test_the_resize_sees_that_channels_are_last() -> None:
+    """Only then it works on the bytes as they lie, and so do the bytes that it makes."""
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8))
+    stretched = PixelSpec(size=64).fast().stretch(picture, 96, 64)
+    assert stretched.shape == (3, 64, 96)
+    assert stretched.stride(0) == 1
+
+
 def test_normalised_and_batched_as_the_plain_rule() -> None:
     spec = PixelSpec(size=24, mean=(0.1, 0.2, 0.3), std=(0.5, 1.0, 2.0))
     images = [noise(40, 30), noise(31, 77, "grey")]
