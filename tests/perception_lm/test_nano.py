@@ -184,7 +184,39 @@ def test_chart_questions(plain: World) -> None:
         assert turn.answer == (
             "yes" if chart.values[chart.names.index(a)] > chart.values[chart.names.index(b)] else "no"
         )
+        turn = charts.where(draw, plain, chart)
+        asked = next(n for n in chart.names if n in turn.question)
+        assert turn.answer == {"OAK": "first", "TEA": "second", "FISH": "third"}[asked]
     assert (charts.number(draw, plain, chart).answer, charts.axis(draw, plain, chart).answer) == ("3", "50")
+
+
+def test_lines_are_asked_for_by_place_and_by_word(plain: World) -> None:
+    words, found = ("OAK", "TEA", "FISH"), set()
+    for seed in range(60):
+        turn = reading.ask(random.Random(seed), plain, words, seed % 3)
+        if turn.kind == "where":
+            assert words[seed % 3] in turn.question
+            assert turn.answer == reading.PLACES[seed % 3]
+        else:
+            assert reading.PLACES[seed % 3] in turn.question
+            assert turn.answer == words[seed % 3]
+        found.add((turn.kind, turn.answer))
+    assert len(found) == 6
+
+
+def test_does_it_move(plain: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    shown: list[list[list[clips.Thing]]] = []
+    draw_frames = clips._draw
+    monkeypatch.setattr(clips, "_draw", lambda d, w, frames: (shown.append(frames), draw_frames(d, w, frames))[1])
+    answers = []
+    for seed in range(300):
+        turn = clips.moving(random.Random(seed), plain).turns[0]
+        if turn.kind == "moves":
+            first, last = ({(t.name, t.x, t.y) for t in shown[-1][i]} for i in (0, -1))
+            moved = {name for name, *_ in first - last}
+            assert turn.answer == ("yes" if any(name in turn.question for name in moved) else "no")
+            answers.append(turn.answer)
+    assert 0.3 < answers.count("yes") / len(answers) < 0.7
 
 
 def middle(frame: np.ndarray, colour: str) -> np.ndarray:
@@ -266,7 +298,7 @@ def test_lines_of_words_are_written_and_asked_for(plain: World) -> None:
             assert not told or told[place] == answer
         rows = (sample.picture.min((1, 2)) < 150).nonzero()[0]  # the pictures' rows that have ink
         assert len(rows) >= 5 * max(len(told), len(said))
-    assert kinds == {"words", "line"}
+    assert kinds == {"words", "line", "where"}
 
 
 @pytest.mark.parametrize("level", [0, 1, 2])

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from perception_lm.training.nano.canvas import finish, ground, lettering, write
-from perception_lm.training.nano.reading import letters, listed
+from perception_lm.training.nano.reading import PLACES, letters, listed
 from perception_lm.training.nano.scenes import once
 from perception_lm.training.nano.world import BAR_WORDS, FONTS, SIDE, Phrasings, Sample, Turn, World
 
@@ -100,6 +100,16 @@ NAMES = Phrasings(
     ),
     ("Name the categories of the bar plot.",),
 )
+WHERE = Phrasings(
+    (
+        "Which bar is {}, counted from the top?",
+        "Where is the bar {}?",
+        "In which place from the top is {}?",
+        "The bar {} is which one from the top?",
+        "Find the bar {}.",
+    ),
+    ("In which row is the bar {}?", "Where do you see the bar {}?"),
+)
 
 ENDS = (10, 20, 50, 100)
 NUMBERS = ("zero", "one", "two", "three", "four")
@@ -123,7 +133,7 @@ def charts(draw: random.Random, world: World) -> Sample:
     """A bar chart, described or asked about."""
     chart, face = invent(draw, world)
     picture = plot(draw, world, chart, face)
-    asked = (value, value, value, extreme, more, number, axis, names)
+    asked = (value, value, value, where, where, extreme, more, number, axis, names)
     turns = once([ask(draw, world, chart) for ask in draw.choices(asked, k=draw.randint(5, 8))])
     turns = [describe(chart)] if draw.random() < 0.3 else world.telling(draw, turns, describe(chart))
     return Sample("charts", picture[None], tuple(turns))
@@ -202,6 +212,11 @@ def value(draw: random.Random, world: World, chart: Chart) -> Turn:
     i = draw.randrange(len(chart.names))
     asked = world.phrase(draw, VALUE, chart.names[i])
     return Turn("value", asked, str(chart.values[i]), {"value": chart.values[i]})
+
+
+def where(draw: random.Random, world: World, chart: Chart) -> Turn:
+    i = draw.randrange(len(chart.names))
+    return Turn("where", world.phrase(draw, WHERE, chart.names[i]), PLACES[i])
 
 
 def extreme(draw: random.Random, world: World, chart: Chart) -> Turn:

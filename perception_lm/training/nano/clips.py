@@ -37,6 +37,17 @@ WHICH = Phrasings(
     ),
     ("Which shape moves in the video?",),
 )
+DOES_MOVE = Phrasings(
+    (
+        "Does the {} move?",
+        "Is the {} moving?",
+        "Do you see the {} move?",
+        "Does the {} go anywhere?",
+        "Is it true that the {} moves?",
+        "Does the {} move in this clip?",
+    ),
+    ("Does the {} move in the video?", "Is the {} moving in the video?"),
+)
 FIRST = Phrasings(
     (
         "Which shape appears {}?",
@@ -96,8 +107,12 @@ def moving(draw: random.Random, world: World) -> Sample:
     name = mover.name
     told = Turn("caption", CAPTION_VIDEO, f"A {name} moves {way}.")
     turns = [Turn("direction", world.phrase(draw, DIRECTION, name), way)]
-    if len(names) > 1 and draw.random() < 0.5:  # first: the other question names what moves
-        turns.insert(0, Turn("which", world.phrase(draw, WHICH), name))
+    if len(names) > 1:  # first: the other question names what moves
+        if draw.random() < 0.6:
+            turns.insert(0, Turn("which", world.phrase(draw, WHICH), name))
+        else:
+            asked = draw.choice((mover, rest)).name
+            turns.insert(0, Turn("moves", world.phrase(draw, DOES_MOVE, asked), "yes" if asked == name else "no"))
     turns = world.telling(draw, turns, told)
     return Sample("clips", picture, tuple(turns), video=True)
 

@@ -48,6 +48,17 @@ WHICH = Phrasings(
     ),
     ("Which is the {} word?", "What is the word in the {} line?"),
 )
+WHERE = Phrasings(
+    (
+        "Which line says {}?",
+        "In which line is {}?",
+        "Where is {} written?",
+        "Which word is {}: the first, the second or another one?",
+        "Find {}.",
+        "Which line has {}?",
+    ),
+    ("In which line is {} written?", "In which line do you see {}?"),
+)
 PLACES = ("first", "second", "third", "fourth", "fifth")
 SIZES = (8, 9, 10, 12, 14)  # of letters, in pixels
 LONGEST = 7
@@ -84,8 +95,15 @@ def lines(draw: random.Random, world: World) -> Sample:
         x = draw.randint(1, SIDE - 1 - lettering(word, face, size).shape[1])
         write(canvas, word, x, i * row + draw.randint(0, row - size - 1), face, size, ink)  # type: ignore[arg-type]
     told = Turn("words", world.phrase(draw, WORDS), listed(words))
-    turns = [Turn("line", world.phrase(draw, WHICH, PLACES[i]), words[i]) for i in draw.sample(range(many), many)]
+    turns = [ask(draw, world, words, i) for i in draw.sample(range(many), many)]
     return Sample("lines", finish(canvas)[None], tuple(world.telling(draw, turns, told)))
+
+
+def ask(draw: random.Random, world: World, words: Sequence[str], i: int) -> Turn:
+    """What a line says or, sometimes, which line says it."""
+    if draw.random() < 0.35:
+        return Turn("where", world.phrase(draw, WHERE, words[i]), PLACES[i])
+    return Turn("line", world.phrase(draw, WHICH, PLACES[i]), words[i])
 
 
 def letters(draw: random.Random) -> str:
