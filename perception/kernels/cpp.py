@@ -24,7 +24,7 @@ STALE = 3600.0  # seconds after which what a build left behind is taken for rubb
 def kernels(build: bool = True) -> Any | None:
     """`torch.ops.perception` with the compiled operators, or None where they are not to be had.
 
-    build  compile them if they were not compiled before (about half a minute, once a machine); False takes them only
+    build  compile them if they were not compiled before (once a machine); False takes them only
            when they are there
 
     The library lies in torch's extension cache under a name that carries a hash of the sources, the flags, torch's
