@@ -128,7 +128,7 @@ def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> 
     if not q.is_cuda or torch.compiler.is_compiling():
         return fused(q, k, v, causal, mask)
     # Also while a graph is recorded: what it was warmed up with has to be what it records.
-    with among(*ORDER):
+    with flags, among(*enabled()):
         return fused(q, k, v, causal, mask)
 
 
@@ -151,13 +151,20 @@ def auto(q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tensor | None) -> 
     return KERNELS[fastest(q, k, v, causal, mask)](q, k, v, causal, mask)
 
 
-_flags = RLock()
+flags = RLock()
+
+
+def enabled() -> list[SDPBackend]:
+    """Those of `ORDER` that are not turned off, as by a user's `sdpa_kernel(...)`; all, where nothing is left on."""
+    cuda = torch.backends.cuda
+    on = (cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.cudnn_sdp_enabled(), cuda.math_sdp_enabled())
+    return [backend for backend, is_on in zip(ORDER, on, strict=True) if is_on] or list(ORDER)
 
 
 @contextmanager
 def among(*backends: SDPBackend) -> Iterator[None]:
     """PyTorch's attention takes the first of these that it can. The flags are the process's, so threads take turns."""
-    with _flags, sdpa_kernel(list(backends), set_priority=True):
+    with flags, sdpa_kernel(list(backends), set_priority=True):
         yield
 
 

@@ -799,7 +799,9 @@ def write_safetensors(path: str | Path, state: Mapping[str, Tensor], metadata: M
     return fingerprint
 
 
-def save_folder(folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+def save_folder(
+    folder: str | Path, state: Mapping[str, Tensor], config: Mapping[str, Any], *, replace: bool = True
+) -> None:
     """Write `config.json` and `model.safetensors` so that at every instant the folder holds one whole checkpoint.
 
     Two files cannot be replaced at once, so the config decides: it names the fingerprint of its weights. The new
@@ -807,13 +809,17 @@ def save_folder(folder: str | Path, state: Mapping[str, Tensor], config: Mapping
     checkpoint: `read_folder` finds those weights), then the weights take their usual name. A process killed anywhere
     leaves the old or the new checkpoint, and what else it left is removed by the next save. Saves of several processes
     into one folder wait for each other.
+
+    replace  False: ConfigError where the folder holds anything but this very model
     """
     folder = Path(folder)
+    if not replace:
+        check_vacant(folder, CONFIG, config)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _locked(folder):
             _finish_last_save(folder)
-            _save(folder, state, config)
+            _save(folder, state, config, replace)
     except OSError as error:
         raise CheckpointError(f"cannot save to {folder}: {error}; what was there before is unharmed") from error
 
@@ -831,17 +837,21 @@ def check_folder(path: Path, what: str) -> None:
         raise ConfigError(f"{path}: {what} is a folder; give {why}")
 
 
-def check_vacant(folder: Path, name: str, config: Mapping[str, Any]) -> None:
-    """ConfigError when `folder` holds another model than the one whose `config` would be written to it as `name`.
+def check_vacant(folder: Path, name: str = "", config: Mapping[str, Any] | None = None) -> None:
+    """ConfigError when `folder` holds a model, in any layout.
 
-    The same one may be written again, in another dtype, too.
+    name, config  what is about to be written: one of this shape may be there, for its weights will be compared
     """
     for there in CONFIGS:
-        if (folder / there).exists() and not (there == name and _is_of(folder, there, config)):
-            raise ConfigError(
-                f"{folder} holds another model, as its {there} says; give another folder, or replace it with --force "
-                "(in Python, replace=True)"
-            )
+        if (folder / there).exists() and not (there == name and config is not None and _is_of(folder, there, config)):
+            raise _occupied(folder, there)
+
+
+def _occupied(folder: Path, there: str) -> ConfigError:
+    return ConfigError(
+        f"{folder} holds a model already, as its {there} says; give another folder, or replace it with --force "
+        "(in Python, replace=True)"
+    )
 
 
 def _is_of(folder: Path, name: str, config: Mapping[str, Any]) -> bool:
@@ -859,12 +869,14 @@ def _model_of(config: Any) -> Any:
     return {key: _model_of(value) for key, value in config.items() if key not in STORED}
 
 
-def _save(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
+def _save(folder: Path, state: Mapping[str, Tensor], config: Mapping[str, Any], replace: bool) -> None:
     handle, name = tempfile.mkstemp(prefix=TEMPORARY, suffix=".safetensors", dir=folder)
     os.close(handle)
     temporary = Path(name)
     try:
         fingerprint = write_safetensors(temporary, state)
+        if not replace and (folder / CONFIG).exists() and _fingerprint_in(read_config(folder)) != fingerprint:
+            raise _occupied(folder, CONFIG)
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
         with atomic_write(folder / CONFIG) as new:

@@ -15,7 +15,7 @@ import re
 import stat
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -475,8 +475,8 @@ def choose_frames(
 
 
 def _stride(fps: float, sampling_fps: float) -> int:
-    if not (math.isfinite(sampling_fps) and sampling_fps >= 1):
-        raise ConfigError(f"sampling_fps={sampling_fps}; expected 1 or more")
+    if not (_is_number(sampling_fps) and sampling_fps >= 1):
+        raise ConfigError(f"sampling_fps={sampling_fps!r}; expected 1 or more")
     return round(fps / int(sampling_fps)) if math.isfinite(fps) and fps > 0 else 0
 
 
@@ -499,15 +499,21 @@ def _window(num_frames: int, fps: float, start: float | None, end: float | None)
 
 def _check_times(start: float | None, end: float | None) -> None:
     for name, time in (("start", start), ("end", end)):
-        if time is not None and not (math.isfinite(time) and time >= 0):
-            raise ConfigError(f"{name}={time}; expected seconds from the beginning, 0 or more")
+        if time is not None and not (_is_number(time) and time >= 0):
+            raise ConfigError(f"{name}={time!r}; expected seconds from the beginning, 0 or more")
     if start is not None and end is not None and start > end:
         raise ConfigError(f"start={start:g} is after end={end:g}")
 
 
+def _is_number(value: object) -> bool:
+    """What rows of a file say may be text or anything else."""
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
+
+
 def _spread(first: int, last: int, stride: int, max_frames: int) -> list[int]:
-    if max_frames < 1:
-        raise ConfigError(f"max_frames={max_frames}; expected 1 or more")
+    if not (_is_number(max_frames) and max_frames >= 1 and max_frames == int(max_frames)):
+        raise ConfigError(f"max_frames={max_frames!r}; expected a whole number, 1 or more")
+    max_frames = int(max_frames)
     positions = range(first, last + 1, stride)
     if len(positions) > max_frames:
         return [positions[i] for i in uniform_frames(len(positions), max_frames)]
@@ -534,6 +540,8 @@ class FrameChoice:
         _spread(0, 0, 1, self.max_frames)
         if self.indices is None:
             return
+        if not isinstance(self.indices, Iterable) or isinstance(self.indices, str | bytes):
+            raise ConfigError(f"indices is {self.indices!r}; expected a list of frame numbers")
         if not len(self.indices):
             raise ConfigError("indices is empty; give at least one frame, or leave it out")
         for index in self.indices:
@@ -778,13 +786,17 @@ def draw_box(
     """
     if len(indices) != len(frames):
         raise ConfigError(f"{len(frames)} frames came with {len(indices)} indices")
-    by_number = {int(number): box for number, box in boxes.items()}
+    try:
+        by_number = {int(number): box for number, box in boxes.items()}
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"boxes of the frames {str(list(boxes))[:80]}; expected frame numbers") from error
     drawn = frames.clone()
     for position, index in enumerate(indices):
         if (box := by_number.get(int(index))) is None:
             continue
-        if len(box) != 4 or not all(math.isfinite(value) for value in box) or box[0] > box[2] or box[1] > box[3]:
-            raise ConfigError(f"the box of frame {index} is {list(box)}; expected x1, y1, x2, y2 in rising order")
+        listed = isinstance(box, Iterable) and not isinstance(box, str | bytes) and len(box) == 4
+        if not listed or not all(map(_is_number, box)) or box[0] > box[2] or box[1] > box[3]:
+            raise ConfigError(f"the box of frame {index} is {str(box)[:80]}; expected x1, y1, x2, y2 in rising order")
         image = Image.fromarray(frames[position].permute(1, 2, 0).cpu().numpy())
         ImageDraw.Draw(image).rectangle((box[0], box[1], box[2], box[3]), outline=colour, width=width)
         drawn[position] = _frame(image)

@@ -338,13 +338,15 @@ class FolderConfig:
         return config
 
 
-def save(model: nn.Module, folder: str | Path) -> None:
+def save(model: nn.Module, folder: str | Path, *, replace: bool = True) -> None:
     """Write a CLIP model or a vision tower as a folder that `load_clip` and `load_encoder` read.
+
+    replace  False: a folder that holds another model is refused
 
     The folder holds `config.json` and `model.safetensors`, and holds one whole model at every instant, old or new.
     Raises ConfigError for other models, CheckpointError when the disk refuses.
     """
-    save_folder(folder, model.state_dict(), _folder_config(model).to_dict())
+    save_folder(folder, model.state_dict(), _folder_config(model).to_dict(), replace=replace)
 
 
 def _folder_config(model: nn.Module) -> FolderConfig:
@@ -378,7 +380,7 @@ def export(model: nn.Module, path: str | Path, layout: str = "reference", *, rep
     """
     path = Path(path)
     check_path(path, layout)
-    config = _folder_config(model).to_dict()  # refuses what is not ours
+    _folder_config(model)  # refuses what is not ours
     if layout == "reference":
         _export_reference(model, path)
     elif layout == "timm":
@@ -386,9 +388,7 @@ def export(model: nn.Module, path: str | Path, layout: str = "reference", *, rep
     elif layout == "open_clip":
         _export_open_clip(model, path, replace)
     else:
-        if not replace:
-            check_vacant(path, CONFIG, config)
-        save(model, path)
+        save(model, path, replace=replace)
 
 
 def check_path(path: Path, layout: str) -> None:
@@ -443,7 +443,7 @@ def _write_foreign(
         return
     described = describe()
     if not replace:
-        check_vacant(path, config, described)
+        check_vacant(path)
     text = json.dumps(described, indent=2)
     with atomic_write(path / weights) as temporary:
         write_safetensors(temporary, state)

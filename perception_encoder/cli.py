@@ -79,6 +79,8 @@ def download(
         raise ConfigError(
             f"{name} is on this machine already; a model is fetched by its name or hub id, hf://owner/name"
         )
+    if out is not None and not zoo.is_known(name) and (error := zoo.other_kind(name)):
+        raise error  # before gigabytes are fetched for nothing
     path = zoo.download(name, revision=revision)
     if out is not None:
         checkpoints.export(_load(name, None, "cpu", "auto", revision=revision), out, "native", replace=force)

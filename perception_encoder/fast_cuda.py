@@ -173,7 +173,7 @@ class CudaVision(FastPart):
         if found is None:
             pos = self.positions(h, w)
             found = pos, rope_2d(h, w, self.config.head_dim, prefix=len(pos) - h * w, device=pos.device)
-            self._tables[h, w] = found
+            found = self._tables.setdefault((h, w), found)  # one for all threads: a graph may read it already
         return found
 
 

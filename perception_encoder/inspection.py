@@ -1,5 +1,6 @@
 """What a file, a folder or a name holds, without building a model."""
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def kind_of(source: str, revision: str | None = None) -> Kind:
     """
     if is_known(source):
         return describe(source)["kind"]
-    if not Path(source).exists():
+    if not os.path.exists(source):  # noqa: PTH110  a name may be too long for a Path
         if source.startswith(("timm/", "open_clip/")):
             return "clip" if source.startswith("open_clip/") else "tower"
         if error := other_kind(source):

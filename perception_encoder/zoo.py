@@ -206,7 +206,8 @@ def download(name: str, *, revision: str | None = None, offline: bool | None = N
         if not _is_word(name):
             raise
         if (found := _elsewhere(name)) is None:
-            raise unknown("model", name, [model["name"] for model in everything()]) from None
+            others = [model["name"] for model in everything()]
+            raise (_unknown(name) if name in _registered() else unknown("model", name, others)) from None
         package, model = found
         where = next(iter(model["weights"].values()))
         if where.startswith(PACKAGE):
@@ -264,6 +265,11 @@ def other_kind(name: str) -> UnknownName | None:
 
 
 def _unknown(name: str) -> UnknownName:
+    if name in _registered():
+        return UnknownName(
+            f"{name!r} comes from {_registered()[name]!r}, another package: load_encoder takes it, but it is no CLIP "
+            "model, and there are no weights to fetch"
+        )
     return other_kind(name) or unknown("model", name, list_models())
 
 

@@ -460,7 +460,7 @@ def save(
     with _disk(folder):
         if tokenizer is not None:
             data["tokenizer"] = _save_tokenizer(folder, tokenizer)
-        save_folder(folder, state, data)
+        save_folder(folder, state, data, replace=replace)
 
 
 def _save_tokenizer(folder: Path, tokenizer: LlamaTokenizer) -> dict[str, str]:
@@ -533,7 +533,11 @@ def _export_original(
     params = foreign.write_params(config, name=folder.name, dtype=dtype)
     source = None if tokenizer is None else tiktoken_file(tokenizer)
     if not replace:
-        check_vacant(folder, PARAMS, params)
+        check_vacant(folder)
+    if (folder / CONFIG).exists():
+        raise ConfigError(
+            f"{folder} holds a {CONFIG}, whose model would be read in its place; give another folder, or remove that"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     # Own storage for each: torch.save writes whole storages, and a view may be part of a mapped file.
     theirs = {key: _own(tensor) for key, tensor in convert(state, original(config), back=True).items()}
@@ -562,7 +566,7 @@ def _export_hugging_face(
     tokens = (special["image"], special["video"])
     described = foreign.write_hugging_face(config, media_tokens=tokens, special=special, dtype=dtype)
     if not replace:
-        check_vacant(folder, CONFIG, described)
+        check_vacant(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_shards(folder, convert(state, hugging_face(config), back=True), shard)
     for name, content in files.items():

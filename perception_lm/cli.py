@@ -320,12 +320,12 @@ def export(
         from perception_encoder.training.launch import FORMAT
         from perception_lm.training.export import load_checkpoint
 
+        if tokenizer is not None:
+            raise ConfigError(f"{model} is a training run, which has what it needs; --tokenizer is for other models")
         if read_facts(found).get("format") == FORMAT:
             _export_encoder(model, out, format, dtype, force)
             show({"format": format, "out": str(out)}, as_json, lambda: str(out))
             return
-        if tokenizer is not None:
-            raise ConfigError(f"{model} is a training run, which has its tokenizer; --tokenizer is for other models")
         assistant = load_checkpoint(model, dtype=None if dtype == "stored" else pick_dtype(dtype))
     else:
         assistant = _load(model, "cpu", dtype, tokenizer)
@@ -394,11 +394,16 @@ def _facts(ckpt: str, tokenizer: Path | None) -> tuple[Any, Any]:
     if path is None:
         return config, None
     try:
-        return config, LlamaTokenizer.from_file(path)
+        words = LlamaTokenizer.from_file(path)
     except MissingExtra:
         if tokenizer is not None:
             raise
         return config, None
+    if words.vocab != config.decoder.vocab:
+        raise ConfigError(
+            f"{path} has {words.vocab} ids and {ckpt} has {config.decoder.vocab}: they do not belong together"
+        )
+    return config, words
 
 
 def _processor(config: Any, tokenizer: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from threading import Lock
+from threading import RLock
 
 from perception.errors import ConfigError
 from perception_lm.generation import Session, name_of, prompts_of
@@ -21,7 +21,8 @@ class Memory:
         if not isinstance(size, int) or isinstance(size, bool) or size < 0:
             raise ConfigError(f"{size!r} conversations cannot be remembered; give a whole number, 0 for none")
         self.size, self.sessions = size, list[Session]()  # the latest used last
-        self._lock = Lock()
+        # One that its own thread may take again: a reader's stream that is dropped ends whenever garbage is collected.
+        self._lock = RLock()
 
     @contextmanager
     def lent(

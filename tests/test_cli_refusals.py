@@ -68,25 +68,38 @@ def test_a_model_does_not_replace_another(perception: Run, tmp_path: Path) -> No
     ):
         done = perception(*verb)
         assert (done.code, done.out) == (1, ""), verb
-        assert f"error: {full} holds another model" in done.err
+        assert f"error: {full} holds a model already" in done.err
         assert "--force" in done.err
         assert (full / "config.json").read_bytes() == before
-    assert perception("export", "PLM-nano", full, "--format", "hf").code == 0  # the same one again
+    assert perception("export", "PLM-nano", full, "--format", "hf", "--force").code == 0
+    # By its config.json it would still be read as the model that is there.
+    done = perception("export", "PLM-nano", full, "--format", "original", "--force")
+    assert (done.code, "would be read in its place" in done.err) == (1, True)
     assert perception("convert", "PE-Core-nano", full, "--force").code == 0
     assert json.loads((full / "config.json").read_text())["kind"] == "clip"
 
 
-def test_a_model_of_another_size_is_another(perception: Run, tmp_path: Path) -> None:
+def same(a: Path, b: Path) -> bool:
+    return (a / "model.safetensors").read_bytes() == (b / "model.safetensors").read_bytes()
+
+
+def test_a_model_of_another_size_or_with_other_weights_is_another(perception: Run, tmp_path: Path) -> None:
     small = pe.VisionConfig(image_size=16, patch_size=8, width=16, depth=1, heads=2, mlp_width=32, pool_heads=2)
     pe.save(pe.VisionTransformer(small), tmp_path / "small")
-    pe.save(pe.VisionTransformer(small), tmp_path / "out")
     assert perception("convert", tmp_path / "small", tmp_path / "out").code == 0
+    assert perception("convert", tmp_path / "small", tmp_path / "out").code == 0  # the very same
+    pe.save(pe.VisionTransformer(small), tmp_path / "trained")
+    done = perception("convert", tmp_path / "trained", tmp_path / "out")
+    assert (done.code, "holds a model already" in done.err) == (1, True), "same shape, other weights"
+    assert same(tmp_path / "small", tmp_path / "out")
+    assert perception("convert", tmp_path / "trained", tmp_path / "out", "--force").code == 0
+    assert same(tmp_path / "trained", tmp_path / "out")
     done = perception("convert", "PE-Core-nano", tmp_path / "out")
-    assert (done.code, "holds another model" in done.err) == (1, True)
+    assert (done.code, "holds a model already" in done.err) == (1, True)
     (tmp_path / "out" / "config.json").write_text("{")
-    assert "holds another model" in perception("convert", tmp_path / "small", tmp_path / "out").err
+    assert "holds a model already" in perception("convert", tmp_path / "small", tmp_path / "out").err
     assert perception("export", "PLM-nano", tmp_path / "lm", "--format", "original").code == 0
-    assert "holds another model" in perception("convert", "PE-Core-nano", tmp_path / "lm").err
+    assert "holds a model already" in perception("convert", "PE-Core-nano", tmp_path / "lm").err
 
 
 # --- outputs of the wrong kind --------------------------------------------------------------------------------------

@@ -118,7 +118,10 @@ def usable(name: str, q: Tensor, k: Tensor, v: Tensor, causal: bool, mask: Tenso
     params = torch.backends.cuda.SDPAParams(
         *(x.transpose(1, 2) for x in (q, k, v)), mask, 0.0, causal and n == s, q.shape[2] != k.shape[2]
     )
-    return bool(getattr(torch.backends.cuda, f"can_use_{name}_attention")(params))
+    from perception.attention import flags
+
+    with flags:  # another thread may have set them to what it measures
+        return bool(getattr(torch.backends.cuda, f"can_use_{name}_attention")(params))
 
 
 def backend_of(name: str) -> SDPBackend:

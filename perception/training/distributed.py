@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from perception.device import pick_device
 from perception.errors import ConfigError, PerceptionError
+from perception.settings import check_range
 
 Sharding = Literal["auto", "none", "full", "hybrid"]
 Precision = Literal["fp32", "bf16"]
@@ -48,6 +49,11 @@ class EngineConfig:
     compile: bool = False
     timeout: float = 600.0
     threads: int = 0
+
+    def __post_init__(self) -> None:
+        check_range("engine.replicas", self.replicas, 0, 10**6)
+        check_range("engine.timeout", self.timeout, 0.1, 10**7)
+        check_range("engine.threads", self.threads, 0, 4096)
 
 
 class FirstEnded(PerceptionError, RuntimeError):

@@ -13,6 +13,7 @@ from perception.files import atomic_write
 # Dense bf16 operations a second, of data sheets; what MFU is measured against.
 PEAKS = {
     "B200": 2250e12,
+    "GB200": 2250e12,
     "H200": 989e12,
     "H100": 989e12,
     "GH200": 989e12,

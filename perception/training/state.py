@@ -27,6 +27,7 @@ from torch import Tensor
 
 from perception.errors import CheckpointError
 from perception.files import atomic_write, sync_folder
+from perception.settings import check_range
 from perception.training.distributed import World
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,12 @@ class KeepConfig:
     minutes: float = 0.0
     keep: int = 2
     mark: int = 0
+
+    def __post_init__(self) -> None:
+        check_range("keep.steps", self.steps, 0, 10**12)
+        check_range("keep.minutes", self.minutes, 0, 10**6)
+        check_range("keep.keep", self.keep, 1, 10**6)
+        check_range("keep.mark", self.mark, 0, 10**12)
 
 
 class Checkpoints:

@@ -109,12 +109,12 @@ class LanceStore:
     def search(self, queries: Tensor, k: int, *, filter: Filter | None = None) -> list[list[Match]]:
         queries = check_queries(queries, k, self.width)
         conditions, names = filters.parse(filter), self._names()
-        if not len(self):
+        if not (rows := len(self)):
             return [[] for _ in queries]
         filters.check_columns(conditions, names)
         where = filters.sql(conditions, names)
         # Rows past 2^31 are no answer to any question, and Lance would reserve room for them.
-        return [self._search(query.numpy(), min(k, len(self)), where) for query in queries]
+        return [self._search(query.numpy(), min(k, rows), where) for query in queries]
 
     def _search(self, query: np.ndarray, k: int, where: str) -> list[Match]:
         asked = self._table.search(query).distance_type("cosine").limit(k)

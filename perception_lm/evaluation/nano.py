@@ -153,7 +153,7 @@ class Prior:
         for sample in seen:
             for turn in sample.turns:
                 kinds[f"{sample.task}: {turn.kind}"][turn.answer] += 1
-                for text in (turn.question, wording(turn.question)):
+                for text in {turn.question, wording(turn.question)}:
                     counts[text][turn.answer] += 1
         self.by_text = {
             text: count.most_common(1)[0][0] for text, count in counts.items() if count.total() >= self.ENOUGH

@@ -10,7 +10,7 @@ from perception_encoder.training.recipes import adapt_tower
 from perception_encoder.vision import VisionTransformer
 from perception_lm.assistant import Assistant
 from perception_lm.config import DecoderConfig, MediaConfig, ProjectorConfig
-from perception_lm.projector import build_projector
+from perception_lm.projector import PoolingProjector, build_projector
 from perception_lm.training.run import ModelConfig, Run, frozen_as_stored
 
 
@@ -94,8 +94,10 @@ def _changed(assistant: Assistant, config: ModelConfig) -> Assistant:
     if tower_changes:
         model.encoder = _tower(encoder, config)
         media = replace(media, tile=cast(Any, model.encoder).config.image_size)
-    # The weights do not know how many of their outputs are averaged.
-    projector.pool = pool
+    if pool != projector.pool:
+        if not isinstance(projector, PoolingProjector):
+            raise ConfigError(f"model.pool={pool}: weights of a {type(projector).__name__} are for {projector.pool}")
+        projector.pool = pool  # the weights of this one do not know how many of their outputs are averaged
     return assemble(model, assistant.tokenizer, media)
 
 

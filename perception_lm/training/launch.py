@@ -36,8 +36,11 @@ def train(
         trainer = make_trainer(
             run, world, assistant=assistant, sources=sources, after_step=after_step, progress=progress
         )
+        described = trainer.facts["model"] is not None
+        if run.export and not described and world.first:
+            log.warning("this model has foreign parts: its checkpoints stay, and %s are not written", list(run.export))
         done = trainer.run()
-        if done and run.export and trainer.facts["model"] is not None:
+        if done and run.export and described:
             for folder in write_models(trainer, run):
                 log.info("written: %s", folder)
         return done

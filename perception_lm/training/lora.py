@@ -140,13 +140,13 @@ def save_adapter(model: nn.Module, folder: str | Path, run: Any, media: MediaCon
     }
     with atomic_write(folder / WEIGHTS) as temporary:
         write_safetensors(temporary, {name: tensor.contiguous() for name, tensor in state.items()})
-    with atomic_write(folder / CONFIG) as temporary:
-        temporary.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     ours: dict[str, Any] = {"changes": {name: getattr(run.model, name) for name in CHANGES}}
     if media is not None:
         ours["media"] = media.to_dict()
-    with atomic_write(folder / OURS) as temporary:
-        temporary.write_text(json.dumps(ours, indent=2) + "\n", encoding="utf-8")
+    # peft's file last: it is what makes a folder an adapter, and without ours it would be put on another model's cuts.
+    for name, content in ((OURS, ours), (CONFIG, config)):
+        with atomic_write(folder / name) as temporary:
+            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     return folder
 
 

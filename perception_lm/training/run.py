@@ -61,6 +61,12 @@ class ModelConfig:
     plain_rope: bool = False
     learn: tuple[str, ...] = ("encoder", "projector", "decoder")
 
+    def __post_init__(self) -> None:
+        for name, most in (("image_size", 65_536), ("depth", 1024), ("pool", 64)):
+            if (value := getattr(self, name)) is not None:
+                check_range(f"model.{name}", value, 1, most)
+        check_range("model.drop_path", self.drop_path, 0, 0.99)
+
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:

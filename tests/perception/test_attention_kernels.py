@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends
+from torch.nn.attention import SDPBackend, _cur_sdpa_kernel_backends, sdpa_kernel
 
 from perception import attention
 from perception.attention import KERNELS, attend, attend_packed, attention_kernel
@@ -267,3 +267,10 @@ def test_on_a_gpu(head_dim: int, kernel: str, dtype: torch.dtype) -> None:
         with attention_kernel("reference"):
             torch.testing.assert_close(single, attend(*(x[None] for x in given), causal=causal), **close)
         assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in leaves)
+
+
+def test_backends_that_a_user_turned_off_stay_off() -> None:
+    assert attention.enabled() == list(attention.ORDER)
+    with sdpa_kernel([SDPBackend.MATH, SDPBackend.EFFICIENT_ATTENTION]):
+        assert attention.enabled() == [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    assert attention.enabled() == list(attention.ORDER)

@@ -112,9 +112,8 @@ def test_the_choice_without_a_compiler(quantize: str | None, monkeypatch: pytest
         close(stream(weight, quantize)(x), x @ rounded.t())
 
 
-@needs_compiler
 def test_maps_of_one_input(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One map where torch's operators copy the weights, to the bit what each gives alone; else each its own."""
+    """One map where torch's operators copy the weights; else each its own. What comes out is what each gives alone."""
     weights = [sample(n, 64, 3)[0] for n in (37, 16, 20)]
     x = sample(37, 64, 3)[1]
     monkeypatch.setattr(matvec, "kernels", lambda build: None)
@@ -135,6 +134,7 @@ def test_maps_of_one_input(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+@needs_compiler
 def test_the_choice_with_a_compiler() -> None:
     weight = sample(64, 96, 1)[0]
     assert isinstance(stream(weight, "int8"), Panels8 | Torch8)

@@ -296,6 +296,10 @@ def test_grounding(assistant: Assistant, said: Callable, sideways: Path) -> None
     )
     boxes, picture = assistant.ground(sideways, "a hydrant", draw=True)
     assert boxes == [box]
+    said("[112,576,040,482]")  # the corners the other way round; the box is good to go on with
+    assert assistant.ground(sideways, "the white hydrant") == [box]
+    assistant.describe_region(sideways, box)
+    said("[040,482,112,576]")
     assert picture.size == (480, 640)
     assert np.argwhere((np.array(picture) == (255, 0, 0)).all(-1)).min(0).tolist() == [308, 19]
     # What the model saw was upright, once.

@@ -1,6 +1,7 @@
 """Rows, sources, and the stream of passes: any worker, any process, any place to begin."""
 
 import json
+import shutil
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ from perception_lm.training.examples import Examples, NothingToLearn, Pack, plan
 from perception_lm.training.rows import read_row
 from perception_lm.training.sources import Jsonl, Samples, SourceConfig, open_source
 from perception_lm.training.stream import Report, Stream, StreamConfig
+
+CLIP = Path(__file__).parents[2] / "perception_encoder" / "samples" / "clips" / "bunny.mp4"
 
 # --- rows -----------------------------------------------------------------------------------------------------------
 
@@ -294,6 +297,29 @@ def test_f124_bad_rows_are_named(tmp_path: Path, ahead: bool) -> None:
     for index, what in {1: "Expecting property name", 2: "missing.png", 3: "half.png", 4: "seq_len"}.items():
         assert lost[index].why.startswith(f"{tmp_path / 'rows.jsonl'}:{index + 1}: ")
         assert what in lost[index].why
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"video": "a.mp4", "start_time": "1", "text": "x"},
+        {"video": "a.mp4", "end_time": [2], "text": "x"},
+        {"video": "a.mp4", "bbox_map": {"0": 5}, "text": "x"},
+        {"video": "a.mp4", "bbox_map": {"0": ["1", "2", "3", "4"]}, "text": "x"},
+        {"messages": [{"type": "video", "video": "a.mp4", "frames": "8"}]},
+        {"messages": [{"type": "video", "video": "a.mp4", "fps": "2"}]},
+        {"messages": [{"type": "video", "video": "a.mp4", "indices": 5}]},
+    ],
+)
+def test_f124_fields_of_the_wrong_type_are_bad_rows(tmp_path: Path, row: dict[str, Any]) -> None:
+    shutil.copy(CLIP, tmp_path / "a.mp4")
+    if "messages" in row:
+        said = [{"role": "user", "content": row["messages"]}, {"role": "assistant", "content": "x"}]
+        row = {"messages": said}
+    source = Jsonl(write_rows(tmp_path, [{"text": "caption"}, row]))
+    ((_, report),) = take(Stream({"s": source}, Order([2], shuffle=False), examples(), StreamConfig(batch=2)), 1)
+    assert [bad.index for bad in report.lost] == [1]
+    assert report.lost[0].why.startswith(f"{tmp_path / 'rows.jsonl'}:2: ")
 
 
 def test_a_fault_in_somebodys_code_is_no_bad_row() -> None:

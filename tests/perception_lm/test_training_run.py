@@ -721,7 +721,9 @@ sources.rows = {{ rows = "{rows}" }}
     trained = plm.load(tmp_path / "out" / "model")
     assert torch.equal(plm.load(tmp_path / "hf").model.projector.fc1.weight, trained.model.projector.fc1.weight)
     assert "plm_1b_stage1" in call(build(), ["train", "--list"], catch_exceptions=False).stdout
-    assert call(build(), ["train", str(file), "stepz=3"]).exit_code == 1
+    for wrong in ("stepz=3", "model.pool=0", "keep.steps=-1", "engine.threads=-1"):
+        with pytest.raises(ConfigError, match=wrong.split("=")[0].split(".")[-1]):
+            call(build(), ["train", str(file), wrong], catch_exceptions=False)
     for more in (["--dry-run"], []):
         assert call(build(), ["train", str(file), f"out={tmp_path / 'none'}", "data.seq_len=3", *more]).exit_code == 1
     assert not (tmp_path / "none" / "model").exists()
