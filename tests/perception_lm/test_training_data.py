@@ -317,9 +317,12 @@ def test_f124_fields_of_the_wrong_type_are_bad_rows(tmp_path: Path, row: dict[st
         said = [{"role": "user", "content": row["messages"]}, {"role": "assistant", "content": "x"}]
         row = {"messages": said}
     source = Jsonl(write_rows(tmp_path, [{"text": "caption"}, row]))
-    ((_, report),) = take(Stream({"s": source}, Order([2], shuffle=False), examples(), StreamConfig(batch=2)), 1)
+    ((_, report),) = take(
+        Stream({"s": source}, Order([2], shuffle=False), examples(seq_len=1000), StreamConfig(batch=2)), 1
+    )
     assert [bad.index for bad in report.lost] == [1]
     assert report.lost[0].why.startswith(f"{tmp_path / 'rows.jsonl'}:2: ")
+    assert "expected" in report.lost[0].why
 
 
 def test_a_fault_in_somebodys_code_is_no_bad_row() -> None:
