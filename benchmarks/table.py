@@ -16,6 +16,8 @@ README = ROOT / "README.md"
 ORDER = ("encoder", "text", "pixels", "tiling", "decode", "load", "import_time", "first_image", "lm_loss", "retrieval")
 
 
+KERNELS = ("gpu_attention",)  # kernels one by one: a row in the README as soon as one of them ran
+
 NOTES = """\
 A cell is the median over the rounds of one run; spread and conditions are in `benchmarks/results`. *(3 rounds)*: it
 rests on so many good ones, fewer than the seven of a verdict (three, where whole processes are the runs). *not judged*:
@@ -30,19 +32,24 @@ open_clip would take longer than 10 s, as in bfloat16 on a processor that has no
 """
 
 
-def rows(results: Path = RESULTS) -> dict[str, dict[int, dict[str, Any]]]:
-    """Every gate there is a result of: what it is about -> threads -> row; threads 0: they mean nothing there."""
+def rows(results: Path = RESULTS, short: bool = False) -> dict[str, dict[int, dict[str, Any]]]:
+    """Every gate there is a result of: what it is about -> threads -> row; threads 0: they mean nothing there.
+
+    short  without the kernels that did not run
+    """
     found: dict[str, dict[int, dict[str, Any]]] = {}
-    for _, case in _cases(results):
+    for name, _, case in _cases(results):
         for row in case["gates"]:
+            if short and name in KERNELS and "median" not in row:
+                continue
             found.setdefault(row["what"], {})[case.get("threads") or 0] = row
     return found
 
 
-def render(results: Path = RESULTS) -> str:
-    """The table in Markdown."""
+def render(results: Path = RESULTS, short: bool = False) -> str:
+    """The table in Markdown; `short` as in `rows`."""
     lines = ["| what | gate (aim) | 1 thread | 2 threads |", "|---|--:|--:|--:|"]
-    for what, cells in rows(results).items():
+    for what, cells in rows(results, short).items():
         row = next(iter(cells.values()))
         gate = f"{'≤ ' if row.get('at most') else ''}{row['gate']} ({row['aim']})"
         columns = (_cell(cells[0]), "-") if 0 in cells else (_cell(cells.get(1)), _cell(cells.get(2)))
@@ -53,7 +60,7 @@ def render(results: Path = RESULTS) -> str:
 def measured_on(results: Path = RESULTS) -> str:
     """Machines, and what was installed on them, in one line: of the files that hold a figure."""
     machines, ours, peers = set(), set(), set()
-    for content, case in _cases(results):
+    for _, content, case in _cases(results):
         if any("median" in row for row in case["gates"]):
             machines |= {_machine(content)} | {found["device"] for found in [case.get("gpu")] if found}
             ours |= _packages(content.get("versions", {}))
@@ -70,7 +77,7 @@ def in_readme(readme: str, results: Path = RESULTS) -> str:
         raise ValueError(f"README.md has no place for the table: put {START} and {END} on lines of their own")
     head, rest = readme.split(START, 1)
     _, tail = rest.split(END, 1)
-    return f"{head}{START}\n{render(results)}{END}{tail}"
+    return f"{head}{START}\n{render(results, short=True)}{END}{tail}"
 
 
 def _cell(row: Mapping[str, Any] | None) -> str:
@@ -80,14 +87,14 @@ def _cell(row: Mapping[str, Any] | None) -> str:
     return f"{row['median']:.2f}{few(row)} {verdict}" if "median" in row else f"{verdict}{few(row)}"
 
 
-def _cases(results: Path) -> Iterator[tuple[Mapping[str, Any], Mapping[str, Any]]]:
-    """Every case that has gates, with the whole content of its file."""
+def _cases(results: Path) -> Iterator[tuple[str, Mapping[str, Any], Mapping[str, Any]]]:
+    """Every case that has gates, with its file's name and whole content."""
     for file in sorted(results.glob("*.json"), key=lambda file: (_place(file.stem), file.stem)):
         content = json.loads(file.read_text("utf-8"))
         cases = content.get("cases", {}) if isinstance(content, dict) else {}
         for case in cases.values() if isinstance(cases, Mapping) else ():
             if isinstance(case, Mapping) and "gates" in case:
-                yield content, case
+                yield file.stem, content, case
 
 
 def _place(name: str) -> int:

@@ -301,6 +301,16 @@ def test_what_was_not_measured_says_so(tmp_path: Path) -> None:
     assert "| b | 2.0 (3.0) | not run | 3.00 met |" in text
 
 
+def test_kernels_that_did_not_run_are_left_to_the_long_table(tmp_path: Path) -> None:
+    row = {"what": "GPU, a kernel", "gate": 0.95, "aim": 1.0, "verdict": "not run"}
+    file = tmp_path / "gpu_attention.json"
+    file.write_text(json.dumps({"cases": {"a": {"gates": [row], "threads": 0}}}))
+    assert "GPU, a kernel" in table.render(tmp_path)
+    assert "GPU, a kernel" not in table.render(tmp_path, short=True)
+    file.write_text(json.dumps({"cases": {"a": {"gates": [{**row, "median": 1.0}], "threads": 0}}}))
+    assert "GPU, a kernel" in table.render(tmp_path, short=True)
+
+
 def test_machines_and_versions_stand_under_the_table(tmp_path: Path) -> None:
     assert table.measured_on(tmp_path) == "Measured on nothing yet."
     case = harness.describe(steady(1.0, 3.0), [GATE], 2)
