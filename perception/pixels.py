@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from perception.borrowing import borrow
 from perception.errors import ConfigError, LimitError, MediaError
 from perception.media import MAX_PIXELS, describe, read_image, to_rgb
 from perception.settings import read_settings
@@ -190,7 +191,7 @@ class FastPixels(PixelSpec):
         return self._codes(read_image(image, orient=orient, max_pixels=max_pixels, at_least=at_least))
 
     def stretch(self, rgb: Image.Image, width: int, height: int) -> Tensor:
-        return self._bytes(_planes(rgb), width, height)[0]
+        return self._bytes(_planes(rgb, width * height), width, height)[0, :3]
 
     def _codes(self, image: Image.Image) -> Tensor:
         S = self.size
@@ -199,7 +200,7 @@ class FastPixels(PixelSpec):
             width, height, left, top = _crop_window(image.width, image.height, S)
         if image.mode not in ("RGB", "L") or width * height > MAX_PIXELS:
             return super()._codes(image)
-        codes = self._bytes(_planes(image), width, height)[0, :, top : top + S, left : left + S]
+        codes = self._bytes(_planes(image, width * height), width, height)[0, :3, top : top + S, left : left + S]
         return codes.expand(3, S, S).contiguous()
 
     def _resized_frames(self, frames: Tensor) -> Tensor:
@@ -213,14 +214,18 @@ class FastPixels(PixelSpec):
         return F.interpolate(codes, size=(height, width), mode=mode, align_corners=False, antialias=True)
 
 
-def _planes(image: Image.Image) -> Tensor:
-    """1 C H W uint8 of a picture, the channels last in memory.
+def _planes(image: Image.Image, wanted: int) -> Tensor:
+    """1 C H W uint8 of a picture, the channels last in memory; C is 4, the last of no meaning, where it is borrowed.
+
+    wanted  pixels that it will become: for fewer than it has, looking at a fourth byte costs less than a copy without
 
     The batch's axis is there before the channels move: put on afterwards, it gets a stride by which PyTorch takes the
     picture for one with the channels first, and its resize copies it twice.
     """
-    codes = torch.from_numpy(np.array(image))[None]
-    return (codes[..., None] if codes.ndim == 3 else codes).permute(0, 3, 1, 2)
+    codes = borrow(image) if wanted < image.width * image.height else None
+    if codes is None:
+        codes = torch.from_numpy(np.array(image))
+    return (codes[..., None] if codes.ndim == 2 else codes)[None].permute(0, 3, 1, 2)
 
 
 def _values(spec: PixelSpec) -> dict[str, Any]:

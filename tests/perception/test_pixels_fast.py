@@ -1,5 +1,6 @@
 """The fast pixels are Pillow's within the bound that their docstring gives, and say that they are not the same."""
 
+import gc
 import io
 import json
 from dataclasses import replace
@@ -11,6 +12,7 @@ import torch
 from PIL import Image
 
 import perception_encoder
+from perception.borrowing import borrow
 from perception.errors import ConfigError, LimitError, MediaError
 from perception.media import read_image
 from perception.pixels import FastPixels, PixelSpec, load_batch
@@ -98,6 +100,37 @@ def test_scaled_decoding_leaves_enough_pixels() -> None:
     assert torch.equal(spec.fast("scaled").codes(data), spec.fast().codes(data))
     with pytest.raises(MediaError, match="cut short"):
         spec.fast("scaled").codes(data[:2000])
+
+
+def test_borrowed_pixels() -> None:
+    """Pillow's own memory, which outlives the picture; nothing where it would have to be copied."""
+    codes = np.random.default_rng(0).integers(0, 255, (60, 80, 3), np.uint8)
+    picture = Image.fromarray(codes)
+    if not hasattr(picture, "__arrow_c_array__"):
+        pytest.skip("this Pillow lends nothing")
+    lent = borrow(picture)
+    assert lent is not None
+    del picture
+    gc.collect()
+    others = [Image.new("RGB", (80, 60), "red") for _ in range(50)]
+    assert np.array_equal(lent[..., :3].numpy(), codes)
+    assert (
+        borrow(others[0].convert("L")) is borrow(others[0].convert("RGBA")) is borrow(Image.new("RGB", (0, 5))) is None
+    )
+    assert borrow(Image.new("RGB", (3000, 2000))) is None  # several pieces
+
+
+@pytest.mark.parametrize("size", [32, 300])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_borrowed_pixels_are_resized_alike(size: int, interpolation: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (120, 200, 3), np.uint8))
+    for resize in ("squash", "crop"):
+        fast = PixelSpec(size=size, interpolation=interpolation, resize=resize).fast()  # type: ignore[arg-type]
+        borrowed, stretched = fast.codes(picture), fast.stretch(picture, size, size)
+        with monkeypatch.context() as patch:
+            patch.setattr("perception.pixels.borrow", lambda image: None)
+            assert torch.equal(fast.codes(picture), borrowed)
+            assert torch.equal(fast.stretch(picture, size, size), stretched)
 
 
 def test_the_resize_sees_that_channels_are_last() -> None:
