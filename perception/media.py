@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 
 from perception.errors import ConfigError, LimitError, MediaError
+from perception.settings import is_number
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -475,7 +476,7 @@ def choose_frames(
 
 
 def _stride(fps: float, sampling_fps: float) -> int:
-    if not (_is_number(sampling_fps) and sampling_fps >= 1):
+    if not (is_number(sampling_fps) and sampling_fps >= 1):
         raise ConfigError(f"sampling_fps={sampling_fps!r}; expected 1 or more")
     return round(fps / int(sampling_fps)) if math.isfinite(fps) and fps > 0 else 0
 
@@ -499,19 +500,14 @@ def _window(num_frames: int, fps: float, start: float | None, end: float | None)
 
 def _check_times(start: float | None, end: float | None) -> None:
     for name, time in (("start", start), ("end", end)):
-        if time is not None and not (_is_number(time) and time >= 0):
+        if time is not None and not (is_number(time) and time >= 0):
             raise ConfigError(f"{name}={time!r}; expected seconds from the beginning, 0 or more")
     if start is not None and end is not None and start > end:
         raise ConfigError(f"start={start:g} is after end={end:g}")
 
 
-def _is_number(value: object) -> bool:
-    """What rows of a file say may be text or anything else."""
-    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
-
-
 def _spread(first: int, last: int, stride: int, max_frames: int) -> list[int]:
-    if not (_is_number(max_frames) and max_frames >= 1 and max_frames == int(max_frames)):
+    if not (is_number(max_frames) and max_frames >= 1 and max_frames == int(max_frames)):
         raise ConfigError(f"max_frames={max_frames!r}; expected a whole number, 1 or more")
     max_frames = int(max_frames)
     positions = range(first, last + 1, stride)
@@ -795,7 +791,7 @@ def draw_box(
         if (box := by_number.get(int(index))) is None:
             continue
         listed = isinstance(box, Iterable) and not isinstance(box, str | bytes) and len(box) == 4
-        if not listed or not all(map(_is_number, box)) or box[0] > box[2] or box[1] > box[3]:
+        if not listed or not all(map(is_number, box)) or box[0] > box[2] or box[1] > box[3]:
             raise ConfigError(f"the box of frame {index} is {str(box)[:80]}; expected x1, y1, x2, y2 in rising order")
         image = Image.fromarray(frames[position].permute(1, 2, 0).cpu().numpy())
         ImageDraw.Draw(image).rectangle((box[0], box[1], box[2], box[3]), outline=colour, width=width)

@@ -24,7 +24,7 @@ from torch import Tensor
 from perception.borrowing import borrow
 from perception.errors import ConfigError, LimitError, MediaError
 from perception.media import MAX_PIXELS, describe, read_image, to_rgb
-from perception.settings import read_settings
+from perception.settings import is_number, read_settings
 
 log = logging.getLogger(__name__)
 VERSION = 1  # of the rules in this file: another number means other pixels
@@ -60,7 +60,7 @@ class PixelSpec:
             raise ConfigError(f"PixelSpec.interpolation is {self.interpolation!r}; expected 'bilinear' or 'bicubic'")
         for name in ("mean", "std"):
             values = getattr(self, name)
-            if not isinstance(values, tuple | list) or len(values) != 3 or not all(map(_is_number, values)):
+            if not isinstance(values, tuple | list) or len(values) != 3 or not all(map(is_number, values)):
                 raise ConfigError(f"PixelSpec.{name} is {values!r}; expected three numbers, one a channel")
             object.__setattr__(self, name, tuple(float(value) for value in values))
         if min(self.std) <= 0:
@@ -331,7 +331,3 @@ def _crop_window(width: int, height: int, size: int) -> tuple[int, int, int, int
     else:
         width, height = int(size * width / height), size
     return width, height, round((width - size) / 2), round((height - size) / 2)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

@@ -1,9 +1,12 @@
 """Frozen dataclasses from files nobody vouches for: unknown keys, missing keys and wrong types are errors."""
 
+import math
 import types
 from collections.abc import Mapping
 from dataclasses import MISSING, fields, is_dataclass
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+
+import numpy as np
 
 from perception.errors import ConfigError
 
@@ -27,6 +30,11 @@ def read_settings(kind: type[T], data: object, where: str = "config") -> T:
         raise ConfigError(f"{where} lacks the keys {missing}")
     hints = get_type_hints(kind)
     return kind(**{key: _value(hints[key], value, f"{where}.{key}") for key, value in data.items()})
+
+
+def is_number(value: object) -> bool:
+    """A finite one. What a file says may be text or anything else."""
+    return isinstance(value, int | float | np.number) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def check_range(where: str, value: int | float, low: int | float, high: int | float) -> None:

@@ -234,7 +234,7 @@ class Assistant:
         """
         picture = self._picture(image)
         answer = self._about(Picture(image=picture), GROUND.format(caption=caption), options)
-        boxes = [_upright(box) for box in parse_boxes(answer, width=picture.width, height=picture.height)]
+        boxes = [box.upright for box in parse_boxes(answer, width=picture.width, height=picture.height)]
         return (boxes, draw_boxes(picture, boxes)) if draw else boxes
 
     def describe_region(
@@ -434,12 +434,6 @@ def _is_video(source: Any) -> bool:
         with open_media(source) as file:
             return sniff(file.read(HEAD)) in DEMUXERS
     return False
-
-
-def _upright(box: Box) -> Box:
-    """A model may name the corners the other way round."""
-    (x1, x2), (y1, y2) = sorted((box.x1, box.x2)), sorted((box.y1, box.y2))
-    return Box(x1, y1, x2, y2, box.label)
 
 
 def _box(region: Any) -> Box:

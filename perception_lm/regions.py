@@ -37,6 +37,12 @@ class Box:
     def xyxy(self) -> tuple[float, float, float, float]:
         return self.x1, self.y1, self.x2, self.y2
 
+    @property
+    def upright(self) -> "Box":
+        """The upper left corner first: an answer may name the corners the other way round."""
+        (x1, x2), (y1, y2) = sorted((self.x1, self.x2)), sorted((self.y1, self.y2))
+        return Box(x1, y1, x2, y2, self.label)
+
     def encode(self, *, width: int, height: int, style: Style = "000") -> str:
         """The box as the model reads it, in a picture of this size."""
         return encode_box(
@@ -136,8 +142,7 @@ def draw_boxes(
     for box in boxes:
         if not all(map(math.isfinite, box.xyxy)):
             raise ConfigError(f"the box {list(box.xyxy)} cannot be drawn; expected numbers")
-        # An answer may name the corners the other way round.
-        (x1, x2), (y1, y2) = sorted((box.x1, box.x2)), sorted((box.y1, box.y2))
+        x1, y1, x2, y2 = box.upright.xyxy
         draw.rectangle((x1, y1, x2, y2), outline=colour, width=width)
         if box.label:
             draw.text((x1 + width + 1, y1 + width), box.label, fill=colour)
